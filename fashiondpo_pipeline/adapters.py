@@ -1,0 +1,82 @@
+"""LoRA adapters on a denoiser: attach, switch, load, fuse. The only file that knows peft."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from fashiondpo_pipeline.errors import UserError
+
+POLICY = "policy"
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def attach(denoiser: nn.Module, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+    """Give `denoiser` a fresh LoRA called "policy" that changes nothing yet (its B is zero); A is drawn from `seed`."""
+    detach(denoiser)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            denoiser.add_adapter(config, adapter_name=POLICY)
+        except ValueError as problem:
+            raise UserError(f"finetune.targets: {targets} fit no module of the denoiser ({problem})") from problem
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # masters in fp32: half-precision AdamW loses small updates
+
+
+def detach(denoiser: nn.Module) -> None:
+    """Take the LoRA off again, if there is one."""
+    if getattr(denoiser, "peft_config", None):
+        denoiser.delete_adapters([POLICY])
+        denoiser.unload_lora()
+
+
+def parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's trainable tensors by name."""
+    return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+def load(denoiser: nn.Module, folder: Path, targets: list[str] | None = None) -> None:
+    """Attach the LoRA saved in `folder` (diffusers' format). Raises UserError if it was made for another denoiser."""
+    file = folder / FILE
+    if not file.is_file():
+        raise UserError(f"there is no LoRA at {file}: run the round that makes it, or name another folder")
+    weights = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
+    rank, alpha, found = _settings(file, weights)
+    attach(denoiser, rank, alpha, targets or found, seed=0)
+    result = set_peft_model_state_dict(denoiser, weights, adapter_name=POLICY)
+    own = {name for name in denoiser.state_dict() if "lora_" in name}
+    if result.unexpected_keys or len(own) != len(weights):
+        raise UserError(f"{file} was made for another denoiser: {len(weights)} tensors for {len(own)} places; use its own model")
+
+
+def _settings(file: Path, weights: dict[str, torch.Tensor]) -> tuple[int, float, list[str]]:
+    import json
+
+    with safe_open(file, framework="pt") as opened:
+        noted = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    downs = {name: tensor for name, tensor in weights.items() if name.endswith("lora_A.weight")}
+    if not downs:
+        raise UserError(f"{file} holds no LoRA for a UNet; name another file")
+    rank = next(iter(downs.values())).shape[0]
+    targets = sorted({name.removesuffix(".lora_A.weight") for name in downs})
+    return rank, float(noted.get("unet.lora_alpha", rank)), noted.get("unet.target_modules", targets)
+
+
+@contextmanager
+def disabled(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser as it was before its LoRA, bit for bit: the base reference."""
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()

@@ -1,0 +1,45 @@
+"""Pictures and latents to bytes and back: the only place that knows byte layouts."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fashiondpo_pipeline.errors import UserError
+
+MOST_PIXELS = 64_000_000  # a decompression bomb is refused before it is decoded
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of an (h, w, 3) uint8 picture; the same pixels always give the same bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode_picture(data: bytes | None, where: str) -> Image.Image:
+    """The RGB picture in `data` (PNG, JPEG, WebP); transparency is laid on white. `where` names it in an error."""
+    if not data:
+        raise UserError(f"{where}: there is no picture; re-make it or take the row out")
+    try:
+        picture = Image.open(io.BytesIO(data))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise UserError(f"{where}: {picture.width}x{picture.height} pixels are too many (at most {MOST_PIXELS:,})")
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise UserError(f"{where}: the picture cannot be read ({problem}); re-make it or take the row out") from problem
+    if picture.mode in ("RGBA", "LA", "P"):
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def encode_half(tensor: Any) -> bytes:
+    """fp16 bytes, C order, of a torch tensor. Never bf16 on disk: its rounding is a visible share of a step's noise."""
+    return tensor.detach().to("cpu").half().contiguous().numpy().tobytes()
+
+
+def decode_half(chunks: list[bytes], shape: tuple[int, ...]) -> np.ndarray:
+    """(n, *shape) float16 from n byte strings made by `encode_half`."""
+    return np.frombuffer(b"".join(chunks), dtype=np.float16).reshape(len(chunks), *shape)

@@ -1,0 +1,391 @@
+"""pipeline.yaml as frozen pydantic models: every knob with its default, unit and usual range; all mistakes at once."""
+
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.registry import did_you_mean
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, nothing unknown, nothing converted behind one's back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Generator(Section):
+    """The model that draws, and that finetuning adapts."""
+
+    use: str = Field("text2img", description="kind of generator: a built-in, a plug-in's name, or module:Class")
+    model: str = Field(
+        "embedded:fashion_mini/generator", description="diffusers folder or hub id; embedded:NAME travels with the package"
+    )
+    revision: str | None = Field(None, description="commit or tag of a hub id; pin it, a branch can move")
+    variant: str | None = Field(None, description="weights' variant in the folder, such as fp16")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="type the denoiser's weights are loaded in; half is for GPUs"
+    )
+    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+        "auto", description="what the denoiser predicts; auto reads the model's scheduler, a name must agree with it"
+    )
+
+
+class Prompts(Section):
+    """What to draw: training prompts, and held-out ones that only evaluate ever draws."""
+
+    file: str = Field(
+        "embedded:fashion_mini/prompts.parquet",
+        description=".txt (one prompt a line), .csv, .jsonl or .parquet with a column `prompt`",
+    )
+    held_out: Share = Field(0.2, description="share held out, by a hash of the prompt, where the file has no column `split`")
+    most_train: int | None = Field(None, ge=1, description="use only so many training prompts; null: all")
+    most_held_out: int | None = Field(None, ge=1, description="use only so many held-out prompts; null: all")
+
+
+class Sample(Section):
+    """How candidates are drawn."""
+
+    candidates: int = Field(8, ge=1, le=1000, description="pictures a prompt (K); pairs need at least 2, usual 4 to 20")
+    steps: int = Field(10, ge=1, le=1000, description="denoising steps; 10 to 50")
+    guidance: float = Field(
+        1.0, ge=0, description="classifier-free guidance; 1 is none (half the cost), Stable Diffusion's usual is 5 to 7.5"
+    )
+    eta: float = Field(
+        1.0, ge=0, le=1, description="DDIM noise: 0 draws the same path each time and has no log-probabilities, 1 is DDPM-like"
+    )
+    negative: str = Field("", description="negative prompt; used only where guidance is not 1")
+    height: int | None = Field(None, ge=8, description="pixels; null: the model's own")
+    width: int | None = Field(None, ge=8, description="pixels; null: the model's own")
+    save: Literal["all"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] = Field(
+        "all", description="steps whose x_t is kept for finetuning: all, a count spread evenly, or a list of step numbers from 0"
+    )
+    tile: int = Field(
+        32, ge=1, description="rows in each call of a network, always filled up; part of the claim, as kernels round by shape"
+    )
+
+
+class Expert(Section):
+    """One opinion on pictures. `options` go to the expert's constructor."""
+
+    use: str = Field(..., description="kind of expert: a built-in, a plug-in's name, or module:Class")
+    options: dict[str, Any] = Field(default_factory=dict, description="what the expert's constructor takes")
+
+
+class Pair(Section):
+    """How scores become preferences. Trying new values here takes seconds: `fdpo rescore`."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {"clip_i": 0.6, "clip_t": 0.4}, description="rewarded experts and their weights; every other expert is only watched"
+    )
+    normalise: Literal["zscore", "minmax", "rank"] = Field(
+        "zscore", description="brings experts to one scale before they are mixed"
+    )
+    over: Literal["group", "all"] = Field(
+        "group", description="normalise within a prompt's candidates, or over all; all lets hard prompts eat the pairs"
+    )
+    select: Literal["all", "best_worst", "mirror", "median_split"] = Field(
+        "all",
+        description="all pairs beyond the margin; best against worst; mirror: best-worst, second-second worst and so on "
+        "(FashionDistill); median_split: above against below the median of everything (FashionDPO)",
+    )
+    margin: float = Field(
+        0.5, ge=0, description="least gap of the mixed score, in its unit (standard deviations for zscore); 0 rejects only ties"
+    )
+    per_group: int | None = Field(None, ge=1, description="at most so many pairs a prompt, widest first; mirror: 10 if null")
+    per_candidate: int | None = Field(None, ge=1, description="at most so many pairs with the same candidate, widest first")
+    labels: Literal["scored", "swapped", "random"] = Field(
+        "scored", description="scored; swapped and random are control experiments: they must lose, and change nothing"
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "Pair":
+        if sum(self.weights.values()) <= 0:
+            raise ValueError("at least one expert needs a weight above 0")
+        return self
+
+
+class Finetune(Section):
+    """LoRA-DPO on the pairs, group-batched: each candidate goes through the denoiser once for all its pairs."""
+
+    objective: str = Field("step_dpo", description="step_dpo (log-probabilities of the steps taken) or diffusion_dpo (errors)")
+    beta: float = Field(
+        3000.0, gt=0, description="sharpness of the preference on mean-reduced quantities; 500 to 5000; larger stays nearer"
+    )
+    reference: Literal["previous", "base"] = Field(
+        "previous", description="what the policy is held to: the model that drew the candidates (cached), or the untuned one"
+    )
+    noise: Literal["tracked", "fresh"] = Field(
+        "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (candidate, draw)"
+    )
+    draws: int = Field(8, ge=1, description="fresh noise: draws a candidate, each with its own timestep; 8 or more")
+    min_snr: float | None = Field(None, gt=0, description="diffusion_dpo: weight errors by min(SNR, this)/SNR; usual 5; null: 1")
+    ratio_clip: float | None = Field(
+        None, gt=0, description="step_dpo: stop pushing a candidate whose mean log-ratio is beyond this; null: never"
+    )
+    epochs: int = Field(5, ge=1, description="passes over the groups")
+    groups: int = Field(8, ge=1, description="groups an optimiser step")
+    timesteps: int = Field(5, ge=1, description="saved steps (or draws) of each group used in an optimiser step")
+    micro_batch: int = Field(
+        64, ge=1, description="rows through the denoiser at once; gradients accumulate to the same result; at least one group"
+    )
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
+    warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's, on the adapter")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    rank: int = Field(8, ge=1, description="of the LoRA; 4 to 32")
+    alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha/rank; null: alpha = rank")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], description="module names, or their ends, that get an adapter"
+    )
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision (autocast) of the policy's forwards")
+    checkpoint_every: int = Field(20, ge=1, description="optimiser steps between checkpoints inside the stage")
+
+
+class Evaluate(Section):
+    """Held-out prompts, drawn by the base and by each round from the same seeds."""
+
+    pictures: int = Field(8, ge=1, le=1000, description="pictures a held-out prompt")
+    judge: str | None = Field("judge", description="expert that decides who wins; best one that is not rewarded; null: the mix")
+    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps; null: as in sample")
+    guidance: float | None = Field(None, ge=0, description="guidance; null: as in sample")
+    eta: float | None = Field(None, ge=0, le=1, description="DDIM noise; null: as in sample")
+    bootstrap: int = Field(4000, ge=100, description="resamplings of the prompts for each interval")
+    interval: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="coverage of each interval")
+
+
+class Report(Section):
+    """The HTML report."""
+
+    prompts: int = Field(8, ge=1, le=200, description="held-out prompts shown before and after")
+    pictures: int = Field(4, ge=1, le=20, description="pictures shown for each")
+    pairs: int = Field(12, ge=0, le=200, description="widest and narrowest pairs shown")
+
+
+class Machine(Section):
+    """Where it runs. Nothing here changes a number, so no fingerprint sees it."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps")
+    batch: int = Field(64, ge=1, description="candidates in flight at once, and rows handed to an expert")
+    shard: int = Field(16, ge=1, description="prompts a file: what a crash can cost, and what resumes")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: torch's choice")
+
+
+def _experts() -> dict[str, Expert]:
+    clip = {"model": "local-dir:embedded:fashion_mini/clip"}
+    catalog = {"references": "embedded:fashion_mini/catalog.parquet", "match": ["colour", "category"]}
+    judge = {"model": "embedded:fashion_mini/judge", "label": "{colour} {category}"}
+    return {
+        "clip_i": Expert(use="clip_image", options=clip | catalog),
+        "clip_t": Expert(use="clip_text", options=clip),
+        "judge": Expert(use="classifier", options=judge),
+    }
+
+
+class Config(Section):
+    """One run."""
+
+    name: Name = Field("demo", description="the run's folder is runs/NAME under the working folder")
+    seed: int = Field(7, ge=0, lt=2**53, description="the only source of randomness; another seed is another run")
+    rounds: int = Field(3, ge=1, le=1000, description="what `fdpo round` makes when --n is not given")
+    generator: Generator = Field(default_factory=Generator)
+    prompts: Prompts = Field(default_factory=Prompts)
+    sample: Sample = Field(default_factory=Sample)
+    experts: dict[Name, Expert] = Field(default_factory=_experts)
+    pair: Pair = Field(default_factory=Pair)
+    finetune: Finetune = Field(default_factory=Finetune)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    report: Report = Field(default_factory=Report)
+    machine: Machine = Field(default_factory=Machine)
+
+    @model_validator(mode="after")
+    def _experts_exist(self) -> "Config":
+        asked = dict.fromkeys(self.pair.weights, "pair.weights")
+        if self.evaluate.judge is not None:
+            asked.setdefault(self.evaluate.judge, "evaluate.judge")
+        wrong = [f"{where}: no expert called '{name}'; {did_you_mean(name, list(self.experts))}"
+                 for name, where in asked.items() if name not in self.experts]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-5 is a number (YAML 1.1 reads it as text), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: the key '{key}' is given twice; keep one of them")
+            seen[key] = True
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value in a YAML text; `where` names it in an error."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except UserError as problem:
+        raise UserError(f"{where}: {problem}") from None
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}:{at} is not YAML ({getattr(problem, 'problem', problem)})") from problem
+
+
+def load(path: Path | None, overrides: list[str] = (), *, text: str | None = None) -> Config:
+    """The configuration in a file (defaults where `path` is None) with `section.key=value` overrides laid over it.
+
+    Raises UserError with every problem at once, each with its place and, for an unknown key, the nearest known one.
+    """
+    where = str(path) if path else "the defaults"
+    if path is not None and text is None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"there is no {path}: `fdpo init` writes one, --config names another") from None
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{path} is not UTF-8 (byte {problem.start}): save it as UTF-8") from None
+    values = parse_yaml(text, where) if text else {}
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected sections such as `sample:`, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, where)
+
+
+def validate(values: dict, where: str) -> Config:
+    """The checked configuration, or one UserError that lists every problem."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as problem:
+        lines = [line for error in problem.errors() for line in _describe(error)]
+        lines = list(dict.fromkeys(lines))
+        head = f"{where}: " + ("this does not fit" if len(lines) == 1 else f"these {len(lines)} things do not fit")
+        raise UserError("\n".join([head, *(f"  {line}" for line in lines)])) from None
+
+
+def _override(values: dict, text: str) -> None:
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {text}: write section.key=value, such as --set finetune.beta=500")
+    for depth, key in enumerate(keys[:-1]):
+        if values.get(key) is None:
+            values[key] = _default_of(keys[: depth + 1])
+        values = values[key]
+        if not isinstance(values, dict):
+            raise UserError(f"--set {text}: {'.'.join(keys[:depth + 1])} is not a section")
+    values[keys[-1]] = parse_yaml(value, f"--set {text}")
+
+
+def _default_of(keys: list[str]) -> dict:
+    """What a section that the file leaves out holds, so that one override keeps its neighbours."""
+    value: Any = Config().model_dump(mode="json")
+    for key in keys:
+        value = value.get(key, {}) if isinstance(value, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _describe(error: Any) -> list[str]:
+    """pydantic's error as our sentence(s): place, what is wrong, what would be right."""
+    # A union's branches appear in the place by their type's name; people know only the keys.
+    keys = [str(part) for part in error["loc"] if not re.search(r"[\[(]|^(int|literal|list|constrained.*)$", str(part))]
+    place = ".".join(keys)
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return [f"{place}: unknown key; {did_you_mean(keys[-1], _known(keys[:-1]))}"]
+    if kind == "value_error":
+        lines = str(error["ctx"]["error"]).split("\n")
+        return [f"{place}: {line}" if place else line for line in lines]
+    if kind == "missing":
+        return [f"{place}: missing; add it"]
+    message = error["msg"].removeprefix("Input should be ")
+    return [f"{place}: should be {message}, not {error['input']!r}"]
+
+
+def _known(keys: list[str]) -> list[str]:
+    """The keys that fit below a place in the configuration."""
+    model: Any = Config
+    for key in keys:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[key].annotation if key in model.model_fields else None
+        elif typing.get_origin(model) is dict:
+            model = typing.get_args(model)[1]
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def template(config: Config | None = None) -> str:
+    """pipeline.yaml as text: every knob of `config` (the defaults if None) under a comment that says what it does."""
+    config = config or Config()
+    lines = ["# One run of `fdpo round`. Every knob is here with its default; delete what you do not change.",
+             "# `fdpo config` prints what is in force; `--set section.key=value` overrides one knob."]
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            lines += ["", f"{name}:  # {_first_line(type(value))}"]
+            lines += _knobs(value, "  ")
+        elif name == "experts":
+            lines += ["", "experts:  # name -> kind and options. `pair.weights` says which are rewarded; the others are watched."]
+            for expert, section in value.items():
+                lines += [f"  {expert}:", *_plain(section.model_dump(mode="json"), "    ")]
+        else:
+            lines += ["", *_comment(field.description, ""), f"{name}: {_scalar(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(model: type) -> str:
+    return (model.__doc__ or "").splitlines()[0]
+
+
+def _knobs(section: Section, indent: str) -> list[str]:
+    lines = []
+    for name, field in type(section).model_fields.items():
+        value = section.model_dump(mode="json")[name]
+        lines += [*_comment(field.description or "", indent), f"{indent}{name}: {_scalar(value)}"]
+    return lines
+
+
+def _comment(text: str | None, indent: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text or "", 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+
+
+def _plain(value: dict, indent: str) -> list[str]:
+    text = yaml.safe_dump(value, sort_keys=False, default_flow_style=False, allow_unicode=True)
+    return [indent + line for line in text.splitlines()]
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def describe_knobs() -> list[tuple[str, str, str]]:
+    """(place, default, description) of every knob, for documentation."""
+    rows = []
+    for name, field in Config.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, Section):
+            for knob, inner in type(default).model_fields.items():
+                value = default.model_dump(mode="json")[knob]
+                rows.append((f"{name}.{knob}", _scalar(value), inner.description or ""))
+        elif not isinstance(default, types.NoneType | dict):
+            rows.append((name, _scalar(default), field.description or ""))
+    return rows

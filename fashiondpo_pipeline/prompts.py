@@ -1,0 +1,100 @@
+"""What to draw: prompts from .txt, .csv, .jsonl or .parquet, with a key each and a split that never changes by itself."""
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.identity import fingerprint
+from fashiondpo_pipeline.seeds import key
+from fashiondpo_pipeline.workspace import read_parquet
+
+TRAIN, HELD_OUT = "train", "held-out"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of one split: one dict a prompt, with `group`, `prompt` and whatever else the file has."""
+
+    rows: list[dict]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def identity(self) -> str:
+        """Changes if and only if a row does."""
+        return fingerprint([{k: v for k, v in row.items() if not isinstance(v, dict | bytes)} for row in self.rows])
+
+
+def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
+    """{"train": ..., "held-out": ...}. Raises UserError for an unreadable file, an empty prompt, or a key given twice.
+
+    Without a column `split` a prompt is held out if the hash of its text falls below `held_out`: adding prompts
+    never moves another one across. Without a column `group` the key is made from the text.
+    """
+    rows = _read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: there is no prompt in it; write one a line")
+    seen: dict[str, int] = {}
+    splits: dict[str, list[dict]] = {TRAIN: [], HELD_OUT: []}
+    for number, row in rows:
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{path}, line {number}: the prompt is empty; fill it or take the line out")
+        group = str(row.get("group") or _slug(prompt))
+        if group in seen:
+            raise UserError(f"{path}, line {number}: '{group}' was given in line {seen[group]}; take one of them out")
+        seen[group] = number
+        split = row.get("split") or (HELD_OUT if key("held-out", prompt) / 2**63 < held_out else TRAIN)
+        if split not in splits:
+            raise UserError(f"{path}, line {number}: split '{split}' is not one of '{TRAIN}', '{HELD_OUT}'")
+        splits[split].append({**row, "group": group, "prompt": prompt, "split": split})
+    return {split: Prompts(found) for split, found in splits.items()}
+
+
+def _slug(prompt: str) -> str:
+    """A short readable key of a prompt; the hash keeps prompts apart that read alike."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
+    return f"{words or 'prompt'}-{fingerprint(prompt)[:6]}"
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict]]:
+    """(line number, row) of each prompt in the file."""
+    if not path.is_file():
+        raise UserError(f"prompts.file: there is no file {path}; check the path (relative ones start in the working folder)")
+    if path.suffix == ".parquet":
+        table = read_parquet(path)
+        if "prompt" not in table.column_names:
+            raise UserError(f"{path}: no column 'prompt', only {', '.join(table.column_names)}; rename one")
+        light = [name for name in table.column_names if not pa.types.is_binary(table.schema.field(name).type)]
+        return list(enumerate(table.select(light).to_pylist(), 1))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = path.read_bytes()[: problem.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 (byte {problem.start}); save the file as UTF-8") from None
+    if path.suffix == ".txt":
+        return [(n, {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines())
+        if "prompt" not in (reader.fieldnames or []):
+            raise UserError(f"{path}: no column 'prompt' in its first line; name the columns there")
+        return [(n, {k: v for k, v in row.items() if k}) for n, row in enumerate(reader, 2)]
+    if path.suffix == ".jsonl":
+        return [(n, _json_row(path, n, line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    raise UserError(f"prompts.file: {path.name} is none of .txt, .csv, .jsonl, .parquet; save it as one of them")
+
+
+def _json_row(path: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as problem:
+        raise UserError(f"{path}, line {number}: not JSON ({problem})") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{path}, line {number}: expected an object such as {{"prompt": "a red dress"}}')
+    return row

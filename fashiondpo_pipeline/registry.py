@@ -1,0 +1,51 @@
+"""Names to classes, imported only when asked for; strangers come in by the same door as built-ins."""
+
+import importlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any
+
+from fashiondpo_pipeline.errors import UserError
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The tail of a message about an unknown name: the nearest known one, else the whole list."""
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+
+
+class Registry:
+    """A table of name -> "module:attribute", widened by an entry-point group and by "module:attribute" in a config."""
+
+    def __init__(self, kind: str, group: str, builtin: dict[str, str]):
+        self.kind, self.group, self.builtin = kind, group, builtin
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def names(self) -> dict[str, str]:
+        """Every known name with where it lives; a plug-in may not take a built-in's name."""
+        found = dict(self.builtin)
+        for entry in entry_points(group=self.group):
+            if found.setdefault(entry.name, entry.value) != entry.value:
+                raise UserError(
+                    f"the {self.kind} '{entry.name}' is defined twice, by {found[entry.name]} and {entry.value}: "
+                    "uninstall one of the packages, or write module:Class in the configuration"
+                )
+        return found
+
+    def find(self, name: str) -> Any:
+        """The object called `name`, or a UserError that says which names there are."""
+        target = name if ":" in name else self.names().get(name)
+        if target is None:
+            raise UserError(f"no {self.kind} called '{name}'; {did_you_mean(name, list(self.names()))}")
+        module, _, attribute = target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as problem:
+            raise UserError(
+                f"the {self.kind} '{name}' cannot be imported ({problem}): install the package it lives in"
+            ) from problem
+        except AttributeError as problem:
+            raise UserError(f"the {self.kind} '{name}': {module} has no '{attribute}'") from problem

@@ -1,0 +1,118 @@
+"""The tables: Arrow schemas, the meaning and unit of each column in its metadata. Rows are keyed, never positional."""
+
+import json
+
+import pyarrow as pa
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def _schema(*columns: tuple[str, pa.DataType, str], about: str) -> pa.Schema:
+    fields = [pa.field(name, kind, metadata={"about": text}) for name, kind, text in columns]
+    metadata = {"about": about}
+    pictures = {field.name: {"_type": "Image"} for field in fields if field.type == PICTURE}
+    if pictures:  # what Hugging Face `datasets` and its viewers read to show a column as pictures
+        others = {field.name: _feature(field.type) for field in fields if field.type != PICTURE}
+        features = {field.name: (pictures | others)[field.name] for field in fields}
+        metadata["huggingface"] = json.dumps({"info": {"features": features}})
+    return pa.schema(fields, metadata=metadata)
+
+
+def _feature(kind: pa.DataType) -> dict:
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    name = {pa.float64(): "float64", pa.float32(): "float32", pa.string(): "string"}.get(kind, str(kind))
+    return {"dtype": name, "_type": "Value"}
+
+
+_GROUP = ("group", pa.string(), "key of the prompt; with `candidate` the key of a picture")
+_CANDIDATE = ("candidate", pa.int16(), "number of the picture within its group, from 0")
+
+CANDIDATES = _schema(
+    _GROUP,
+    _CANDIDATE,
+    ("prompt", pa.string(), "what was asked for"),
+    ("round", pa.int32(), "round that drew it; 0 is the base"),
+    ("seed", pa.int64(), "of the CPU generator that gave x_T and every step's noise"),
+    ("guidance", pa.float32(), "classifier-free guidance it was drawn with"),
+    ("picture", PICTURE, "PNG"),
+    ("fault", pa.string(), "why it must not be used (not a number in the latent, ...); null: sound"),
+    about="one row is one picture",
+)
+
+
+def trajectories(channels: int, height: int, width: int) -> pa.Schema:
+    """One row is one candidate's saved path; latents are fp16, C order, (channels, height, width) each."""
+    latent = channels * height * width * 2
+    schema = _schema(
+        _GROUP,
+        _CANDIDATE,
+        ("steps", pa.list_(pa.int16()), "numbers of the saved steps, from 0 (noisiest)"),
+        ("timesteps", pa.list_(pa.int32()), "their timesteps t, 0..999"),
+        ("x_t", pa.list_(pa.binary(latent)), "latent before each saved step"),
+        ("x_prev", pa.list_(pa.binary(latent)), "latent after each saved step"),
+        ("x_0", pa.binary(latent), "the finished latent, as the VAE's decoder is given it times scaling_factor"),
+        ("log_prob", pa.list_(pa.float64()), "ln p(x_prev | x_t) summed over dimensions, nats; null where eta gives no density"),
+        ("error", pa.list_(pa.float32()), "mean squared error of the conditional prediction at x_t against its own x_0"),
+        about="what finetuning needs, so that it runs no reference forward",
+    )
+    return schema.with_metadata({**schema.metadata, b"latent_shape": json.dumps([channels, height, width]).encode()})
+
+
+EMBEDDINGS = _schema(
+    _GROUP,
+    _CANDIDATE,
+    ("embedding", pa.list_(pa.float32()), "unit vector of the picture in a CLIP tower, shared by every expert on it"),
+    about="one row is one picture's embedding",
+)
+
+SCORES = _schema(
+    _GROUP,
+    _CANDIDATE,
+    ("score", pa.float64(), "higher is better, in the expert's own unit; NaN: it cannot say"),
+    ("reason", pa.string(), "why there is no score; null where there is one"),
+    about="one row is one expert's opinion of one picture",
+)
+
+
+def pairs(experts: list[str]) -> pa.Schema:
+    """One row is one preference; a gap column for each rewarded expert."""
+    gaps = [(f"gap_{name}", pa.float32(), f"winner's normalised {name} minus the loser's") for name in experts]
+    return _schema(
+        _GROUP,
+        ("winner", pa.int16(), "candidate number"),
+        ("loser", pa.int16(), "candidate number"),
+        ("winner_score", pa.float32(), "mixed normalised score"),
+        ("loser_score", pa.float32(), "mixed normalised score"),
+        ("margin", pa.float32(), "winner_score minus loser_score, before labels are swapped or drawn"),
+        *gaps,
+        about="one row is one preference",
+    )
+
+
+REJECTS = _schema(_GROUP, ("reason", pa.string(), "why the group gave no pair"), about="one row is one group without a pair")
+
+STEPS = _schema(
+    ("step", pa.int32(), "optimiser step, from 0"),
+    ("epoch", pa.int32(), "pass over the groups, from 0"),
+    ("loss", pa.float32(), "mean over pairs and timesteps; ln 2 = 0.693 at step 0"),
+    ("margin", pa.float32(), "mean of beta times the implicit reward gap"),
+    ("accuracy", pa.float32(), "share of pairs the policy orders as the reward does, against the reference; ties one half"),
+    ("winner", pa.float32(), "mean change of the winner's signal against the reference (log-ratio, or minus the error's rise)"),
+    ("loser", pa.float32(), "mean change of the loser's signal against the reference"),
+    ("grad_norm", pa.float32(), "before clipping"),
+    ("learning_rate", pa.float32(), "of this step"),
+    ("pairs", pa.int32(), "pairs times timesteps in this step"),
+    ("rows", pa.int32(), "rows that went through the denoiser"),
+    about="one row is one optimiser step",
+)
+
+METERS = _schema(
+    _GROUP,
+    _CANDIDATE,
+    ("brightness", pa.float32(), "mean luminance, 0..1"),
+    ("contrast", pa.float32(), "standard deviation of luminance, 0..1"),
+    ("saturation", pa.float32(), "mean of (max-min)/max over pixels, 0..1"),
+    ("sharpness", pa.float32(), "mean absolute luminance difference of neighbours, 0..1"),
+    about="one row is one picture's pixel statistics, watched for drift",
+)

@@ -1,0 +1,279 @@
+"""Resumability, once: folders named by what they claim to hold, shards whole or absent, the manifest written last."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.identity import canonical, fingerprint, hash_file
+
+# Tensor columns do not compress (fp16 noise): storing them plain is faster both ways.
+_PLAIN = {"x_t.list.element", "x_prev.list.element", "x_0", "picture.bytes", "embedding.list.element"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work of a run: what it claims to be, and what it reads. Its folder is named by both."""
+
+    stage: str  # module in stages/
+    name: str  # folder's name before the fingerprint
+    round: int
+    version: int  # of the stage's meaning, bumped by hand
+    config: dict  # knobs that change the result
+    inputs: dict[str, "Step"] = field(default_factory=dict)  # role -> step whose tables it reads
+    files: dict[str, str] = field(default_factory=dict)  # what else it reads -> its hash
+    args: dict[str, Any] = field(default_factory=dict, compare=False)  # how to reach those things; never in the claim
+
+    @cached_property
+    def claim(self) -> dict:
+        inputs = {role: step.fingerprint for role, step in self.inputs.items()}
+        own = {"stage": self.stage, "version": self.version, "config": self.config, "files": self.files, "inputs": inputs}
+        return json.loads(canonical(own))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.claim)
+
+    @property
+    def folder(self) -> str:
+        return f"round-{self.round:02d}/{self.name}-{self.fingerprint}"
+
+
+class Run:
+    """The folder of one run, `runs/NAME`; one process at a time may write in it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def output(self, step: Step) -> "Output":
+        return Output(self.root / step.folder, step.claim, {role: self.root / s.folder for role, s in step.inputs.items()})
+
+    def done(self, step: Step) -> bool:
+        return (self.root / step.folder / "manifest.json").is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. Raises UserError at once if another process has it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        owner = self.root / "run.owner"
+        lock = FileLock(self.root / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = owner.read_text() if owner.is_file() else "another process"
+            raise UserError(f"{self.root} is in use by {who}: wait until it ends, or use another --name") from None
+        try:
+            owner.write_text(f"process {os.getpid()}")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+class Output:
+    """One step's folder: `parts/` holds shards with a receipt each, `work/` survives a crash, `manifest.json` comes last."""
+
+    def __init__(self, folder: Path, claim: dict, inputs: dict[str, Path]):
+        self.folder, self.claim, self.inputs = folder, claim, inputs
+        self.parts, self.work = folder / "parts", folder / "work"
+        self.started = time.monotonic()
+
+    def open(self) -> None:
+        """Make the folders, and clear what a killed writer left half done."""
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(exist_ok=True)
+        for leftover in self.folder.rglob("*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_json(self.folder / "claim.json", self.claim)
+
+    # -- shards
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is on disk, whole."""
+        return (self.parts / f"{shard:05d}.json").is_file()
+
+    def write(self, shard: int, seconds: float = 0.0, **tables: pa.Table) -> None:
+        """Put one shard's tables on disk; its receipt comes last, so a shard is whole or absent."""
+        files = {}
+        for name, table in tables.items():
+            path = self.parts / f"{name}-{shard:05d}.parquet"
+            write_parquet(path, table)
+            files[path.name] = {"rows": table.num_rows, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        write_json(self.parts / f"{shard:05d}.json", {"files": files, "seconds": round(seconds, 3)})
+
+    def drop(self, shard: int) -> None:
+        """Forget one shard, so that the next run makes it again; the step is no longer done."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        (self.parts / f"{shard:05d}.json").unlink(missing_ok=True)
+        for path in self.parts.glob(f"*-{shard:05d}.parquet"):
+            path.unlink()
+
+    def publish(self, name: str, draft: Path) -> None:
+        """Rename a finished folder or file in `work/` into place."""
+        target = self.folder / name
+        if target.exists():
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        os.replace(draft, target)
+
+    def finish(self, numbers: dict | None = None) -> None:
+        """Write the manifest: from now on, and not before, this step is done."""
+        receipts = {path.stem: read_json(path) for path in sorted(self.parts.glob("*.json"))}
+        files = {name: info for receipt in receipts.values() for name, info in receipt["files"].items()}
+        others = {
+            path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and not {"parts", "work"} & set(path.relative_to(self.folder).parts)
+        }
+        seconds = round(time.monotonic() - self.started, 3) + sum(r["seconds"] for r in receipts.values())
+        shutil.rmtree(self.work)
+        write_json(
+            self.folder / "manifest.json",
+            {
+                "claim": self.claim,
+                "inputs": {role: path.parent.name + "/" + path.name for role, path in self.inputs.items()},
+                "numbers": numbers or {},
+                "files": files | others,
+                "seconds": seconds,
+                "versions": versions(),
+                "git": git_commit(),
+            },
+        )
+
+    def verify(self) -> list[str]:
+        """Names of files that are missing, cut short or altered since the manifest was written."""
+        wrong = []
+        for name, info in self.manifest["files"].items():
+            path = self.parts / name if name.endswith(".parquet") else self.folder / name
+            if not path.is_file():
+                wrong.append(f"{path}: missing")
+            elif path.stat().st_size != info["bytes"]:
+                wrong.append(f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}")
+            elif hash_file(path) != info["sha256"]:
+                wrong.append(f"{path}: altered")
+        return wrong
+
+    # -- reading
+
+    @property
+    def manifest(self) -> dict:
+        return read_json(self.folder / "manifest.json")
+
+    def shards(self, table: str) -> list[int]:
+        """Numbers of the shards on disk that hold `table`."""
+        return sorted(int(path.stem.rpartition("-")[2]) for path in self.parts.glob(f"{table}-*.parquet"))
+
+    def table(self, name: str, columns: list[str] | None = None, shard: int | None = None) -> pa.Table:
+        """A table of this step, or one shard of it; only the named columns are read."""
+        shards = self.shards(name) if shard is None else [shard]
+        if not shards:
+            raise UserError(f"{self.folder}: no table '{name}'; run `fdpo status` to see what there is")
+        return pa.concat_tables([read_parquet(self.parts / f"{name}-{i:05d}.parquet", columns) for i in shards])
+
+    def input(self, role: str) -> "Output":
+        return Output(self.inputs[role], {}, {})
+
+
+def write_json(path: Path, value: Any) -> None:
+    _put(path, lambda draft: draft.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{path} is damaged ({problem}): delete it and run the same command again") from problem
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Whole or not at all: temporary name, fsync, rename. Same table, same bytes."""
+    packed = {leaf: "none" if leaf in _PLAIN else "zstd" for leaf in _leaves(table.schema)}
+    _put(
+        path,
+        lambda draft: pq.write_table(
+            table,
+            draft,
+            compression=packed,
+            use_dictionary=[leaf for leaf in packed if leaf in ("group", "prompt", "reason")],
+            write_statistics=False,
+            row_group_size=1 << 20,
+        ),
+    )
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, memory_map=True, partitioning=None)
+    except (OSError, pa.ArrowException) as problem:
+        raise UserError(f"{path} cannot be read ({problem}); `fdpo status --verify --repair` names and re-makes it") from problem
+
+
+def replace_text(path: Path, text: str) -> None:
+    _put(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def save_file(path: Path, save: Any) -> None:
+    """Let `save(draft)` write a file, then rename it to `path`: whole or not at all."""
+    _put(path, save)
+
+
+def _put(path: Path, write: Any) -> None:
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        write(draft)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)  # a full disk must not stay full because of us
+        raise
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Parquet's names of the leaf columns."""
+
+    def below(name: str, kind: pa.DataType) -> list[str]:
+        if pa.types.is_struct(kind):
+            return [leaf for inner in kind for leaf in below(f"{name}.{inner.name}", inner.type)]
+        if pa.types.is_list(kind):
+            return below(f"{name}.list.element", kind.value_type)
+        return [name]
+
+    return [leaf for column in schema for leaf in below(column.name, column.type)]
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    found = {}
+    for package in ("fashiondpo_pipeline", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "pyarrow", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@lru_cache
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from; None in an installed wheel."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

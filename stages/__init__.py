@@ -1,0 +1,290 @@
+"""The line, in order: sample -> score -> pair -> finetune -> (held-out sample, score) -> evaluate -> report.
+
+`chain` says, without running anything, which steps make up a run of n rounds and what each one claims to be; whether a step is
+done, stale or missing is then a matter of looking whether its folder has a manifest. Stages meet on disk only.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fashiondpo_pipeline import experts
+from fashiondpo_pipeline.config import Config, Pair
+from fashiondpo_pipeline.embedded import PREFIX, locate
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.experts.tower import Tower
+from fashiondpo_pipeline.identity import hash_path
+from fashiondpo_pipeline.objectives import OBJECTIVES
+from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, read
+from fashiondpo_pipeline.workspace import Output, Run, Step
+
+STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
+# Raised by hand when the meaning of a stage's output changes; old results are then stale.
+VERSIONS = {"prepare": 1, "sample": 1, "embed": 1, "score": 1, "pair": 1, "finetune": 1, "evaluate": 1}
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's steps. Round 0 is the base: only held-out draws and their scores."""
+
+    number: int
+    held_out: Step
+    held_out_embeddings: dict[str, Step]
+    held_out_scores: dict[str, Step]
+    sample: Step | None = None
+    embeddings: dict[str, Step] | None = None
+    scores: dict[str, Step] | None = None
+    pair: Step | None = None
+    finetune: Step | None = None
+    evaluate: Step | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Every step of a run of some rounds, in the order in which they run."""
+
+    config: Config
+    prepared: dict[str, Step]
+    rounds: list[Round]
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """Each step once, after everything it reads."""
+        return [step for number in range(len(self.rounds)) for step in self.of(number)]
+
+    def of(self, number: int) -> list[Step]:
+        """The steps of one round; round 0 begins with what the experts prepare."""
+        r = self.rounds[number]
+        watched = [r.held_out, *r.held_out_embeddings.values(), *r.held_out_scores.values()]
+        if number == 0:
+            return [*self.prepared.values(), *watched]
+        made = [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune]
+        return [*made, *watched, r.evaluate]
+
+
+class Session:
+    """A run being worked on: its configuration, its folder, and the models that are loaded, each once."""
+
+    def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None):
+        self.config, self.say = config, say
+        self.run = Run(root or Path("runs") / config.name)
+        self.track = track or (lambda items, text, total: items)
+        self._experts = {name: experts.make(name, e.use, e.options) for name, e in config.experts.items()}
+        self._loaded: tuple[str, Any] | None = None
+        self._adapter: Path | None = None
+
+    # -- what the configuration names
+
+    @cached_property
+    def prompts(self) -> dict[str, Prompts]:
+        section = self.config.prompts
+        splits = read(locate(section.file), section.held_out)
+        most = {TRAIN: section.most_train, HELD_OUT: section.most_held_out}
+        splits = {name: Prompts(found.rows[: most[name]]) for name, found in splits.items()}
+        for name, found in splits.items():
+            if not len(found):
+                raise UserError(f"{section.file}: no {name} prompts; add some, or change prompts.held_out")
+        return splits
+
+    @cached_property
+    def generator_identity(self) -> str:
+        g = self.config.generator
+        where = locate(g.model)
+        if g.model.startswith(PREFIX) or where.exists():
+            return hash_path(where, "generator.model")
+        return f"{g.model}@{g.revision or 'main'}"
+
+    def chain(self, rounds: int, pairs: dict[int, Pair] | None = None) -> Chain:
+        """The steps of `rounds` rounds; `pairs` replaces the pair section of single rounds."""
+        return _Builder(self, pairs or {}).chain(rounds)
+
+    # -- models
+
+    @cached_property
+    def device(self) -> str:
+        import torch
+
+        wanted = self.config.machine.device
+        if self.config.machine.threads:
+            torch.set_num_threads(self.config.machine.threads)
+        if wanted == "auto":
+            return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"machine.device is {wanted}, but torch finds no GPU: use auto or cpu")
+        return wanted
+
+    @cached_property
+    def _generator(self) -> Any:
+        from fashiondpo_pipeline.generators import GENERATORS
+
+        g, s = self.config.generator, self.config.sample
+        return GENERATORS.find(g.use)(
+            g.model, revision=g.revision, variant=g.variant, dtype=g.dtype, prediction=g.prediction,
+            height=s.height, width=s.width, device=self.device,
+        )
+
+    def generator(self, adapter: Step | Path | None = None) -> Any:
+        """The generator with the adapter of a finetune step (or of a folder), or without any."""
+        from fashiondpo_pipeline import adapters
+
+        folder = self.run.root / adapter.folder / "adapter" if isinstance(adapter, Step) else adapter
+        if folder != self._adapter:
+            adapters.detach(self._generator.denoiser)
+            if folder:
+                adapters.load(self._generator.denoiser, folder)
+            self._adapter = folder
+        return self._generator
+
+    def forget_adapter(self) -> None:
+        """After finetuning has changed the denoiser's LoRA: load it afresh from disk next time."""
+        self._adapter = Path("changed")
+
+    def expert(self, name: str, prepared: Step | None) -> Any:
+        """The expert, loaded; one expert in memory at a time."""
+        if self._loaded is None or self._loaded[0] != name:
+            expert = self._experts[name]
+            expert.load(self.device, self.run.root / prepared.folder / "prepared" if prepared else None)
+            self._loaded = (name, expert)
+        return self._loaded[1]
+
+    def make(self, name: str) -> Any:
+        """The expert, not loaded."""
+        return self._experts[name]
+
+    # -- running
+
+    def execute(self, steps: Iterable[Step]) -> list[Step]:
+        """Run what is not done yet, in order; returns what was run."""
+        ran = []
+        for step in steps:
+            if self.run.done(step):
+                continue
+            out = self.run.output(step)
+            out.open()
+            import_module(f"stages.{step.stage}").run(self, step, out)
+            ran.append(step)
+        return ran
+
+    def output(self, step: Step) -> Output:
+        """A done step's folder. Raises UserError if it has not been run."""
+        if not self.run.done(step):
+            raise UserError(f"round {step.round}: {step.name} has not been run with these settings; `fdpo round` makes it")
+        return self.run.output(step)
+
+
+class _Builder:
+    """Turns a configuration into claims. Each knob enters the claim of the stages that it changes, and no other."""
+
+    def __init__(self, session: Session, pairs: dict[int, Pair]):
+        self.session, self.config, self.pairs = session, session.config, pairs
+        g = self.config.generator
+        self.generator = {"use": g.use, "dtype": g.dtype, "variant": g.variant}
+        OBJECTIVES.find(self.config.finetune.objective)
+        if self.config.sample.candidates < 2:
+            raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
+
+    def chain(self, rounds: int) -> Chain:
+        prepared = {name: self.prepare(name) for name in self.config.experts if hasattr(self.session.make(name), "prepare")}
+        chain = Chain(self.config, prepared, [self.base(prepared)])
+        for number in range(1, rounds + 1):
+            chain.rounds.append(self.round(number, chain.rounds[-1], chain.rounds[0], prepared))
+        return chain
+
+    def base(self, prepared: dict[str, Step]) -> Round:
+        held_out = self.draw(0, HELD_OUT, None)
+        embeddings = self.embed(held_out)
+        return Round(0, held_out, embeddings, self.scores(held_out, embeddings, prepared))
+
+    def round(self, number: int, before: Round, base: Round, prepared: dict[str, Step]) -> Round:
+        sample = self.draw(number, TRAIN, before.finetune)
+        embeddings = self.embed(sample)
+        scores = self.scores(sample, embeddings, prepared)
+        section = self.pairs.get(number, self.config.pair)
+        rewarded = {f"score-{name}": scores[name] for name, weight in section.weights.items() if weight > 0}
+        labels = {"seed": self.config.seed} if section.labels == "random" else {}
+        pair = Step("pair", "pair", number, VERSIONS["pair"], section.model_dump() | labels, {"sample": sample, **rewarded})
+        finetune = self.finetune(number, sample, pair, before.finetune)
+        held_out = self.draw(number, HELD_OUT, finetune)
+        watched = self.embed(held_out)
+        judged = self.scores(held_out, watched, prepared)
+        done = Round(number, held_out, watched, judged, sample, embeddings, scores, pair, finetune)
+        return Round(**{**vars(done), "evaluate": self.evaluate(number, base, before, done, section)})
+
+    def draw(self, number: int, split: str, adapter: Step | None) -> Step:
+        s, e, held_out = self.config.sample, self.config.evaluate, split == HELD_OUT
+        config = {
+            "seed": self.config.seed,
+            # held-out pictures have the same seeds in every round, so that rounds differ by the adapter alone
+            "stream": "held-out" if held_out else f"round {number}",
+            "candidates": e.pictures if held_out else s.candidates,
+            "steps": (e.steps if held_out else None) or s.steps,
+            "guidance": e.guidance if held_out and e.guidance is not None else s.guidance,
+            "eta": e.eta if held_out and e.eta is not None else s.eta,
+            "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile,
+            "save": None if held_out else s.save, **self.generator,
+        }
+        return Step(
+            "sample", "held-out-sample" if held_out else "sample", number, VERSIONS["sample"], config,
+            {"adapter": adapter} if adapter else {},
+            {"generator": self.session.generator_identity, "prompts": self.session.prompts[split].identity},
+            {"split": split},
+        )
+
+    def prepare(self, name: str) -> Step:
+        return Step("prepare", f"prepare-{name}", 0, VERSIONS["prepare"], *self._expert(name), args={"expert": name})
+
+    def _expert(self, name: str) -> tuple[dict, dict, dict]:
+        """(config, inputs, files) of an expert's claim."""
+        expert, entry = self.session.make(name), self.config.experts[name]
+        files = {key: hash_path(path, f"experts.{name}") for key, path in getattr(expert, "files", dict)().items()}
+        if getattr(expert, "tower", None):
+            files["tower"] = Tower(*expert.tower).identity()
+        return {"use": entry.use, "options": entry.options, "version": expert.version}, {}, files
+
+    def embed(self, sample: Step) -> dict[str, Step]:
+        """One step for each tower that any expert reads: tower's identity -> step."""
+        found = {}
+        for name in self.config.experts:
+            tower = getattr(self.session.make(name), "tower", None)
+            if not tower:
+                continue
+            identity = Tower(*tower).identity()
+            label = Path(tower[0].rpartition(":")[2]).name
+            prefix = "held-out-" if sample.name.startswith("held-out") else ""
+            found[identity] = Step("embed", f"{prefix}embed-{label}", sample.round, VERSIONS["embed"], {}, {"sample": sample},
+                                   {"tower": identity}, {"tower": tower})
+        return found
+
+    def scores(self, sample: Step, embeddings: dict[str, Step], prepared: dict[str, Step]) -> dict[str, Step]:
+        prefix = "held-out-" if sample.name.startswith("held-out") else ""
+        found = {}
+        for name in self.config.experts:
+            config, inputs, files = self._expert(name)
+            inputs = {"sample": sample}
+            if "tower" in files:
+                inputs["embed"] = embeddings[files["tower"]]
+            if name in prepared:
+                inputs["prepared"] = prepared[name]
+            found[name] = Step("score", f"{prefix}score-{name}", sample.round, VERSIONS["score"], config, inputs, files,
+                               {"expert": name, "split": HELD_OUT if prefix else TRAIN})
+        return found
+
+    def finetune(self, number: int, sample: Step, pair: Step, adapter: Step | None) -> Step:
+        config = self.config.finetune.model_dump(exclude={"checkpoint_every"}) | {"seed": self.config.seed, "round": number}
+        inputs = {"sample": sample, "pair": pair, **({"adapter": adapter} if adapter else {})}
+        files = {"generator": self.session.generator_identity}
+        return Step("finetune", "finetune", number, VERSIONS["finetune"], config | self.generator, inputs, files)
+
+    def evaluate(self, number: int, base: Round, before: Round, done: Round, section: Pair) -> Step:
+        e = self.config.evaluate
+        config = {"judge": e.judge, "bootstrap": e.bootstrap, "interval": e.interval, "seed": self.config.seed,
+                  "weights": section.weights, "experts": list(self.config.experts)}
+        inputs = {"pair": done.pair, "finetune": done.finetune}
+        for role, r in (("base", base), ("before", before), ("after", done)):
+            inputs[role] = r.held_out
+            inputs |= {f"{role}-embed-{i}": step for i, step in enumerate(r.held_out_embeddings.values())}
+            inputs |= {f"{role}-score-{name}": step for name, step in r.held_out_scores.items()}
+        return Step("evaluate", "evaluate", number, VERSIONS["evaluate"], config, inputs)

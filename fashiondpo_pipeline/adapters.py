@@ -72,9 +72,22 @@ def _settings(file: Path, weights: dict[str, torch.Tensor]) -> tuple[int, float,
     return rank, float(noted.get("unet.lora_alpha", rank)), noted.get("unet.target_modules", targets)
 
 
+def check_shape(denoiser: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+    """Raises UserError if the LoRA that a round goes on from is not the one the configuration asks for."""
+    config = denoiser.peft_config[POLICY]
+    if (config.r, float(config.lora_alpha), sorted(config.target_modules)) != (rank, float(alpha), sorted(targets)):
+        raise UserError(
+            f"finetune.rank, alpha or targets changed between rounds: the last adapter has rank {config.r}, alpha "
+            f"{config.lora_alpha:g}, targets {sorted(config.target_modules)}; keep them for all rounds of a run"
+        )
+
+
 @contextmanager
-def disabled(denoiser: nn.Module) -> Iterator[None]:
-    """The denoiser as it was before its LoRA, bit for bit: the base reference."""
+def disabled(denoiser: nn.Module, really: bool = True) -> Iterator[None]:
+    """The denoiser as it was before its LoRA, bit for bit: the base reference. Nothing happens if not `really`."""
+    if not really:
+        yield
+        return
     denoiser.disable_adapters()
     try:
         yield

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from fashiondpo_pipeline.registry import Registry
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -56,12 +54,3 @@ def step_dpo(
 
 DIFFUSION_DPO = Objective(diffusion_dpo, "error")
 STEP_DPO = Objective(step_dpo, "log_prob")
-
-OBJECTIVES = Registry(
-    "objective",
-    "fashiondpo_pipeline.objectives",
-    {
-        "diffusion_dpo": "fashiondpo_pipeline.objectives:DIFFUSION_DPO",
-        "step_dpo": "fashiondpo_pipeline.objectives:STEP_DPO",
-    },
-)

@@ -35,11 +35,16 @@ class Registry:
                 )
         return found
 
-    def find(self, name: str) -> Any:
-        """The object called `name`, or a UserError that says which names there are."""
+    def check(self, name: str) -> str:
+        """Where `name` lives, without importing it. Raises UserError if nothing is called so."""
         target = name if ":" in name else self.names().get(name)
         if target is None:
             raise UserError(f"no {self.kind} called '{name}'; {did_you_mean(name, list(self.names()))}")
+        return target
+
+    def find(self, name: str) -> Any:
+        """The object called `name`, or a UserError that says which names there are."""
+        target = self.check(name)
         module, _, attribute = target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
@@ -49,3 +54,27 @@ class Registry:
             ) from problem
         except AttributeError as problem:
             raise UserError(f"the {self.kind} '{name}': {module} has no '{attribute}'") from problem
+
+
+EXPERTS = Registry(
+    "expert",
+    "fashiondpo_pipeline.experts",
+    {
+        "clip_image": "fashiondpo_pipeline.experts.clip:ClipImage",
+        "clip_text": "fashiondpo_pipeline.experts.clip:ClipText",
+        "classifier": "fashiondpo_pipeline.experts.classifier:Classifier",
+    },
+)
+GENERATORS = Registry(
+    "generator",
+    "fashiondpo_pipeline.generators",
+    {"text2img": "fashiondpo_pipeline.generators.text2img:Text2Image"},
+)
+OBJECTIVES = Registry(
+    "objective",
+    "fashiondpo_pipeline.objectives",
+    {
+        "diffusion_dpo": "fashiondpo_pipeline.objectives:DIFFUSION_DPO",
+        "step_dpo": "fashiondpo_pipeline.objectives:STEP_DPO",
+    },
+)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fashiondpo_pipeline import diffusion
 from fashiondpo_pipeline.diffusion import Schedule
-from fashiondpo_pipeline.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t (b, c, h, w), t (b,), tokens (b, n, d)) -> prediction
 
@@ -51,24 +50,6 @@ def predict(denoise: Denoise, x_t: Tensor, t: Tensor, condition: Condition) -> t
     every = denoise(x_t.repeat(k, 1, 1, 1), t.repeat(k), condition.tokens.flatten(0, 1)).to(x_t.dtype)
     branches = every.unflatten(0, (k, b))  # (k, b, c, h, w)
     return diffusion.guide(branches, condition.weights), branches[0]
-
-
-def saved_steps(save: str | int | list[int], steps: int) -> list[int]:
-    """Step numbers whose x_t is kept: all of them, a count spread evenly over the walk, or just these.
-
-    >>> saved_steps(4, 10), saved_steps([8, 2], 10)
-    ([0, 3, 6, 9], [2, 8])
-    """
-    if save == "all":
-        return list(range(steps))
-    if isinstance(save, int):
-        if save > steps:
-            raise UserError(f"sample.save: {save} steps cannot be kept of {steps}; lower it or raise sample.steps")
-        return sorted({round(i * (steps - 1) / max(save - 1, 1)) for i in range(save)})
-    wrong = [step for step in save if step >= steps]
-    if wrong or not save:
-        raise UserError(f"sample.save: {wrong or 'an empty list'} is not within the steps 0..{steps - 1}")
-    return sorted(set(save))
 
 
 @torch.inference_mode()

@@ -84,7 +84,7 @@ def pairs(experts: list[str]) -> pa.Schema:
         ("loser", pa.int16(), "candidate number"),
         ("winner_score", pa.float32(), "mixed normalised score"),
         ("loser_score", pa.float32(), "mixed normalised score"),
-        ("margin", pa.float32(), "winner_score minus loser_score, before labels are swapped or drawn"),
+        ("margin", pa.float32(), "winner_score minus loser_score; below 0 only where labels are swapped or random"),
         *gaps,
         about="one row is one preference",
     )

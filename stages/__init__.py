@@ -17,8 +17,8 @@ from fashiondpo_pipeline.embedded import PREFIX, locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.identity import hash_path
-from fashiondpo_pipeline.objectives import OBJECTIVES
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, read
+from fashiondpo_pipeline.registry import GENERATORS, OBJECTIVES
 from fashiondpo_pipeline.workspace import Output, Run, Step
 
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
@@ -118,8 +118,6 @@ class Session:
 
     @cached_property
     def _generator(self) -> Any:
-        from fashiondpo_pipeline.generators import GENERATORS
-
         g, s = self.config.generator, self.config.sample
         return GENERATORS.find(g.use)(
             g.model, revision=g.revision, variant=g.variant, dtype=g.dtype, prediction=g.prediction,
@@ -182,7 +180,7 @@ class _Builder:
         self.session, self.config, self.pairs = session, session.config, pairs
         g = self.config.generator
         self.generator = {"use": g.use, "dtype": g.dtype, "variant": g.variant}
-        OBJECTIVES.find(self.config.finetune.objective)
+        OBJECTIVES.check(self.config.finetune.objective)
         if self.config.sample.candidates < 2:
             raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
 

@@ -8,7 +8,8 @@ import torch
 
 from fashiondpo_pipeline import codecs, schemas, seeds
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.sampling import Trajectory, sample, saved_steps
+from fashiondpo_pipeline.sampling import Trajectory, sample
+from fashiondpo_pipeline.timesteps import saved_steps
 from fashiondpo_pipeline.workspace import Output, Step
 
 

@@ -3,23 +3,14 @@
 A module of experts imports torch only inside methods: `fdpo plan` and `fdpo rescore` make experts, but load no model.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.registry import Registry
-
-EXPERTS = Registry(
-    "expert",
-    "fashiondpo_pipeline.experts",
-    {
-        "clip_image": "fashiondpo_pipeline.experts.clip:ClipImage",
-        "clip_text": "fashiondpo_pipeline.experts.clip:ClipText",
-        "classifier": "fashiondpo_pipeline.experts.classifier:Classifier",
-    },
-)
+from fashiondpo_pipeline.registry import EXPERTS, did_you_mean
 
 Opinion = float | tuple[float, str]  # a score; (nan, reason) where there is none
 
@@ -47,10 +38,6 @@ class Expert(Protocol):
 
 def make(name: str, use: str, options: dict[str, Any]) -> Any:
     """The expert called `name` in the configuration, not yet loaded. Raises UserError for options it does not take."""
-    import inspect
-
-    from fashiondpo_pipeline.registry import did_you_mean
-
     factory = EXPERTS.find(use)
     takes = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):

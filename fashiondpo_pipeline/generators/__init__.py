@@ -5,7 +5,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from fashiondpo_pipeline.diffusion import Schedule
-from fashiondpo_pipeline.registry import Registry
 from fashiondpo_pipeline.sampling import Condition
 
 
@@ -34,7 +33,3 @@ class Generator(Protocol):
         """Write the denoiser's LoRA so that stock diffusers loads it."""
         ...
 
-
-GENERATORS = Registry(
-    "generator", "fashiondpo_pipeline.generators", {"text2img": "fashiondpo_pipeline.generators.text2img:Text2Image"}
-)

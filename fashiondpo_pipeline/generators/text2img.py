@@ -81,7 +81,7 @@ class Text2Image:
         empty = self._tokens[negative].expand_as(positive)
         return Condition(torch.stack([positive, empty]), torch.tensor([guidance, 1 - guidance], device=self.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the LoRA's gradients pass through these tokens
     def _embed(self, prompts: list[str]) -> None:
         """Each prompt goes through the text encoder once, alone: its tokens never depend on its neighbours."""
         for prompt in dict.fromkeys(prompts):
@@ -118,7 +118,7 @@ def _load(model: str, revision: str | None, variant: str | None, dtype: torch.dt
     local = model.startswith(PREFIX) or where.exists()
     if local and not (where / "model_index.json").is_file():
         raise UserError(f"generator.model: {where} is not a diffusers folder (no model_index.json); name one that is")
-    options = {"torch_dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     try:
         if local:
             return StableDiffusionPipeline.from_pretrained(where, variant=variant, local_files_only=True, **options)

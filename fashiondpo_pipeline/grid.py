@@ -1,0 +1,69 @@
+"""Score tables laid out as a grid: one row a group, one column a candidate, so that choosing pairs needs no loop over groups."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fashiondpo_pipeline import preferences
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.preferences import Pairs, Rule, Spread
+
+
+@dataclass(frozen=True)
+class Grid:
+    """groups: (g,) keys. scores: expert -> (g, k) float64, NaN where there is no candidate or no score."""
+
+    groups: pa.Array
+    scores: dict[str, np.ndarray]
+
+    @property
+    def k(self) -> int:
+        return next(iter(self.scores.values())).shape[1]
+
+    @classmethod
+    def of(cls, candidates: pa.Table, scores: dict[str, pa.Table]) -> "Grid":
+        """From a table with group and candidate, and one with group, candidate and score for each expert; any row order."""
+        groups = pc.unique(candidates["group"]).sort()
+        k = int(pc.max(candidates["candidate"]).as_py()) + 1
+        return cls(groups, {name: _lay(table, groups, k, name) for name, table in scores.items()})
+
+    def part(self, rows: slice) -> "Grid":
+        return Grid(self.groups[rows], {name: grid[rows] for name, grid in self.scores.items()})
+
+
+def _lay(table: pa.Table, groups: pa.Array, k: int, name: str) -> np.ndarray:
+    rows = pc.index_in(table["group"], groups)
+    if rows.null_count:
+        raise UserError(f"scores of '{name}': {rows.null_count} rows belong to no candidate; `fdpo status --verify` finds the file")
+    grid = np.full((len(groups), k), np.nan)
+    grid[rows.to_numpy(), table["candidate"].to_numpy()] = table["score"].to_numpy()
+    return grid
+
+
+class Chooser:
+    """A rule applied to a grid; what it must know of everything is gathered once, then any part can be asked for."""
+
+    def __init__(self, grid: Grid, rule: Rule):
+        self.grid, self.rule = grid, rule
+        rewarded = {name: grid.scores[name] for name, weight in rule.weights.items() if weight > 0}
+        self._spread = {name: Spread.of(s, rule.normalise == "rank") if rule.over == "all" else None for name, s in rewarded.items()}
+        self.normal = {name: preferences.normalise(s, rule.normalise, self._spread[name]) for name, s in rewarded.items()}
+        self.mixed = preferences.mix(self.normal, rule.weights)  # (g, k)
+        split = rule.select == "median_split" and bool(np.isfinite(self.mixed).any())
+        self._threshold = float(np.nanmedian(self.mixed)) if split else 0.0
+
+    def pairs(self, rows: slice = slice(None)) -> Pairs:
+        """Pairs of some groups, numbered within the slice."""
+        return preferences.choose(self.mixed[rows], self.rule, self._threshold)
+
+    def parts(self, size: int) -> Iterator[tuple[slice, Pairs]]:
+        for start in range(0, len(self.mixed), size):
+            rows = slice(start, start + size)
+            yield rows, self.pairs(rows)
+
+    def reasons(self, rows: slice, pairs: Pairs) -> dict[int, str]:
+        scores = {name: self.grid.scores[name][rows] for name in self.normal}
+        return preferences.reasons(scores, self.mixed[rows], pairs, self.rule)

@@ -1,0 +1,66 @@
+"""What the person at the terminal sees: lines on stderr, a bar while something runs, tables on stdout."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Item = TypeVar("Item")
+EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
+
+stdout = Console(soft_wrap=True, highlight=False, markup=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def say(text: str) -> None:
+    stderr.print(text)
+
+
+def track(items: Iterable[Item], text: str, total: int, done: int = 0) -> Iterator[Item]:
+    """The items, under a bar (a line each half minute where stderr is not a terminal); `done` of `total` came before."""
+    if not stderr.is_terminal:
+        yield from _track_by_lines(items, text, total, done)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task(text, total=total, completed=done)
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+def _track_by_lines(items: Iterable[Item], text: str, total: int, done: int) -> Iterator[Item]:
+    last = time.monotonic()
+    for number, item in enumerate(items, done):
+        if time.monotonic() - last > EVERY:
+            say(f"{text}: {number} of {total}")
+            last = time.monotonic()
+        yield item
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: bool = True) -> None:
+    """A table on stdout; every column but the first right-aligned."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 or not right else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = stdout if sys.stdout.isatty() else Console(width=200, soft_wrap=True, highlight=False, markup=False)
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(1536), size(0), size(41_000_000)
+    ('1.5 kB', '0 B', '41 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

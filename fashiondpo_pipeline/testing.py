@@ -1,0 +1,146 @@
+"""For tests, ours and plug-in authors': tiny models built in code, and the contract checks of experts and generators."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fashiondpo_pipeline.experts import Expert
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def tiny_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer of single letters, 16 tokens long."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), _START, _END]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, **special})
+    )
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tiny_stable_diffusion(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
+    """A Stable Diffusion pipeline of some 60,000 random parameters, 16x16 pictures from 4x8x8 latents, as a diffusers folder."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = tiny_tokenizer(folder / "tokenizer")
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2,
+    )
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ))
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1, prediction_type=prediction)
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_clip(folder: Path, seed: int = 1) -> Path:
+    """An open_clip model of random weights as a folder for `local-dir:`."""
+    import torch
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    tokenizer = tiny_tokenizer(folder)
+    size = {"width": 16, "heads": 2, "layers": 1}
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 16, "head_width": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": len(tokenizer), "hf_tokenizer_name": "here", "pool_type": "argmax", **size},
+    }
+    see = {"size": 16, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": see}))
+    torch.manual_seed(seed)
+    save_file(CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+class Brightness:
+    """A toy expert: mean brightness of a picture, in [0, 1]. Needs no weights."""
+
+    version, range, needs = 1, (0.0, 1.0), ("picture",)
+
+    def load(self, device: str, prepared: Path | None) -> None:
+        pass
+
+    def __call__(self, rows: list[dict]) -> list[float]:
+        return [float(np.asarray(row["picture"]).mean() / 255) for row in rows]
+
+
+def check_expert(expert: Expert, rows: list[dict], device: str = "cpu", prepared: Path | None = None) -> None:
+    """Raises AssertionError, saying which, if an expert breaks its contract on `rows` (two or more, made for its `needs`).
+
+    One score a row, within `range`, the same again, whatever rows come with it and in whatever order; a blank picture gives
+    a score or NaN, not an exception.
+    """
+    assert isinstance(expert, Expert), "an expert has version, range, needs, load and __call__"
+    assert len(rows) >= 2, "the check needs at least two rows"
+    expert.load(device, prepared)
+    scores = [_score(opinion) for opinion in expert(rows)]
+    assert len(scores) == len(rows), f"{len(scores)} scores for {len(rows)} rows: one for each"
+    low, high = expert.range
+    for score in scores:
+        assert math.isnan(score) or low - 1e-6 <= score <= high + 1e-6, f"score {score} is outside the declared range {expert.range}"
+    _assert_same(scores, [_score(o) for o in expert(rows)], "asked twice, it gives other scores")
+    _assert_same(scores[::-1], [_score(o) for o in expert(rows[::-1])], "scores depend on the order of rows")
+    _assert_same(scores, [_score(expert([row])[0]) for row in rows], "scores depend on the other rows of a batch")
+    blank = Image.new("RGB", (32, 32), "white")
+    expert([{**rows[0], "picture": blank}] if "picture" in expert.needs else rows[:1])
+
+
+def _score(opinion: Any) -> float:
+    return float(opinion[0] if isinstance(opinion, tuple) else opinion)
+
+
+def _assert_same(first: list[float], second: list[float], message: str) -> None:
+    assert np.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True), message
+
+
+def check_generator(generator: Any, row: dict) -> None:
+    """Raises AssertionError, saying which, if a generator breaks its contract on a prompt row.
+
+    Latents, predictions and pictures of the right shapes; guidance weights sum to one; a row's numbers do not depend on
+    the rows it is called with.
+    """
+    import torch
+
+    c, h, w = generator.latent_shape
+    condition = generator.condition([row, row], guidance=2.0)
+    assert abs(float(condition.weights.sum()) - 1) < 1e-6, "guidance weights must sum to one"
+    assert condition.tokens.shape[:2] == (len(condition.weights), 2), "tokens must be (branches, rows, n, d)"
+    assert len(generator.condition([row], guidance=1.0).weights) == 1, "without guidance there is one branch"
+    schedule = generator.schedule(4)
+    assert len(schedule.timesteps) == 4, "a schedule of 4 steps has 4 timesteps"
+    x = torch.randn(2, c, h, w, generator=torch.Generator().manual_seed(0)).to(condition.tokens.device)
+    t = schedule.timesteps[:1].repeat(2).to(x.device)
+    with torch.inference_mode():
+        both = generator.denoise(x, t, condition.tokens[0])
+        swapped = generator.denoise(x.flip(0), t, condition.tokens[0])
+    assert both.shape == x.shape, "a prediction has the shape of its latent"
+    assert torch.allclose(both, swapped.flip(0), atol=1e-4), "a row's prediction depends on its place in the batch"
+    pictures = generator.decode(x)
+    assert pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3, "decode gives (b, h, w, 3) uint8"

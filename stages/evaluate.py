@@ -1,0 +1,88 @@
+"""Held-out pictures of the base, the round before and this round, from the same seeds -> who wins, and what drifted."""
+
+import numpy as np
+import pyarrow as pa
+
+from fashiondpo_pipeline import preferences, schemas, statistics
+from fashiondpo_pipeline.codecs import decode_picture
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.grid import Grid
+from fashiondpo_pipeline.preferences import Spread
+from fashiondpo_pipeline.seeds import key
+from fashiondpo_pipeline.workspace import Output, Step
+
+
+def run(session, step: Step, out: Output) -> None:
+    knobs = step.config
+    grids = {role: _grid(out, role, knobs["experts"]) for role in ("base", "before", "after")}
+    opinions = {role: dict(grid.scores) for role, grid in grids.items()}
+    judge = knobs["judge"] or "mix"
+    if knobs["judge"] is None:
+        _add_mix(opinions, knobs["weights"])
+
+    def versus(name: str, other: str) -> dict:
+        won = statistics.wins(opinions["after"][name], opinions[other][name])
+        if not np.isfinite(won).any():
+            raise UserError(f"round {step.round} evaluate: expert '{name}' has no picture that it scored in both; look at its reasons")
+        seed = key(knobs["seed"], "bootstrap", name, other)
+        mean, low, high = statistics.bootstrap(won, seed, knobs["bootstrap"], knobs["interval"])
+        return {"win_rate": mean, "low": low, "high": high}
+
+    experts = {
+        name: {
+            "rewarded": knobs["weights"].get(name, 0) > 0,
+            "base": _mean(opinions["base"][name]), "before": _mean(opinions["before"][name]), "after": _mean(opinions["after"][name]),
+            "against_base": versus(name, "base"),
+        }
+        for name in opinions["after"]
+    }
+    meters = {role: _meters(out, role) for role in ("base", "after")}
+    out.write(0, meters=meters["after"])
+    out.finish({
+        "judge": judge, "judge_rewarded": knobs["weights"].get(judge, 0) > 0 or judge == "mix",
+        "pictures": int(np.isfinite(opinions["after"][judge]).sum()), "prompts": len(grids["after"].groups),
+        "interval": knobs["interval"],
+        "against_base": versus(judge, "base"), "against_previous": versus(judge, "before"),
+        "experts": experts, "diversity": {role: _diversity(out, role) for role in ("base", "before", "after")},
+        "meters": {name: {role: _mean(table[name].to_numpy()) for role, table in meters.items()}
+                   for name in ("brightness", "contrast", "saturation", "sharpness")},
+        "pairs": out.input("pair").manifest["numbers"]["pairs"],
+    })
+
+
+def _grid(out: Output, role: str, experts: list[str]) -> Grid:
+    tables = {name: out.input(f"{role}-score-{name}").table("scores", ["group", "candidate", "score"]) for name in experts}
+    return Grid.of(out.input(role).table("candidates", ["group", "candidate"]), tables)
+
+
+def _add_mix(opinions: dict[str, dict[str, np.ndarray]], weights: dict[str, float]) -> None:
+    """The rewarded experts' mix, on a scale common to all three sets of pictures."""
+    everything = {name: Spread.of(np.concatenate([o[name] for o in opinions.values()]), False) for name in weights}
+    for found in opinions.values():
+        normal = {name: preferences.normalise(found[name], "zscore", everything[name]) for name in weights}
+        found["mix"] = preferences.mix(normal, weights)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def _diversity(out: Output, role: str) -> float | None:
+    """Within-prompt diversity in the first CLIP tower; None where no expert has one."""
+    if f"{role}-embed-0" not in out.inputs:
+        return None
+    table = out.input(f"{role}-embed-0").table("embeddings").sort_by([("group", "ascending"), ("candidate", "ascending")])
+    if table["embedding"].null_count:
+        return None
+    vectors = np.stack(table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1))
+    found = statistics.diversity(vectors.reshape(len(set(table["group"].to_pylist())), -1, vectors.shape[1]).astype(np.float64))
+    return found if found == found else None
+
+
+def _meters(out: Output, role: str) -> pa.Table:
+    table = out.input(role).table("candidates", ["group", "candidate", "picture"])
+    values = [
+        statistics.meters(np.asarray(decode_picture(row["picture"]["bytes"], f"{row['group']}/{row['candidate']}")))
+        for row in table.to_pylist()
+    ]
+    return pa.table([table["group"], table["candidate"], *zip(*values, strict=True)], schema=schemas.METERS)

@@ -1,0 +1,64 @@
+"""scores -> preference pairs, and the groups that gave none with the reason. Loads no model: new weights take seconds."""
+
+import numpy as np
+import pyarrow as pa
+
+from fashiondpo_pipeline import schemas, seeds
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.grid import Chooser, Grid
+from fashiondpo_pipeline.preferences import Pairs, Rule
+from fashiondpo_pipeline.workspace import Output, Step
+
+GROUPS_A_SHARD = 32_768
+
+
+def run(session, step: Step, out: Output) -> None:
+    config = dict(step.config)
+    seed = config.pop("seed", 0)
+    chooser = Chooser(grid(out, step), Rule(**config))
+    total = rejected = 0
+    margins = []
+    for shard, (rows, pairs) in enumerate(chooser.parts(GROUPS_A_SHARD)):
+        reasons = chooser.reasons(rows, pairs)
+        groups = chooser.grid.groups[rows]
+        rejects = pa.table([groups.take(pa.array(list(reasons), pa.int64())), list(reasons.values())], schema=schemas.REJECTS)
+        labelled = relabel(pairs, config["labels"], seeds.key(seed, "labels", step.round, shard))
+        out.write(shard, pairs=table(labelled, chooser, rows), rejects=rejects)
+        total, rejected = total + len(pairs), rejected + len(reasons)
+        margins.append(pairs.margin)
+    if not total:
+        example = out.table("rejects")["reason"][0].as_py()
+        raise UserError(f"round {step.round}: no group gave a pair ({example}, and so on): lower pair.margin, or look at the scores")
+    session.say(f"round {step.round} pair: {total:,} pairs, {rejected} groups without")
+    out.finish({"pairs": total, "groups": len(chooser.grid.groups), "rejected": rejected,
+                "mean_margin": float(np.concatenate(margins).mean())})
+
+
+def grid(out: Output, step: Step) -> Grid:
+    """The scores that a pair step reads, as a grid."""
+    candidates = out.input("sample").table("candidates", ["group", "candidate"])
+    names = [role.removeprefix("score-") for role in step.inputs if role.startswith("score-")]
+    return Grid.of(candidates, {name: out.input(f"score-{name}").table("scores", ["group", "candidate", "score"]) for name in names})
+
+
+def relabel(pairs: Pairs, labels: str, seed: int) -> Pairs:
+    """The pairs as they are, or with labels swapped or drawn by a coin: control experiments."""
+    if labels == "scored":
+        return pairs
+    swap = np.ones(len(pairs), bool) if labels == "swapped" else np.random.default_rng(seed).random(len(pairs)) < 0.5
+    winner, loser = np.where(swap, pairs.loser, pairs.winner), np.where(swap, pairs.winner, pairs.loser)
+    return Pairs(pairs.group, winner, loser, np.where(swap, -pairs.margin, pairs.margin))
+
+
+def table(pairs: Pairs, chooser: Chooser, rows: slice) -> pa.Table:
+    """The pairs of some groups as a table, with both scores and each expert's gap."""
+    winner, loser = (pairs.group, pairs.winner), (pairs.group, pairs.loser)
+    mixed = chooser.mixed[rows]
+    gaps = {name: normal[rows][winner] - normal[rows][loser] for name, normal in chooser.normal.items()}
+    columns = [
+        chooser.grid.groups[rows].take(pa.array(pairs.group)),
+        pairs.winner.astype(np.int16), pairs.loser.astype(np.int16),
+        mixed[winner].astype(np.float32), mixed[loser].astype(np.float32), pairs.margin.astype(np.float32),
+        *(gap.astype(np.float32) for gap in gaps.values()),
+    ]
+    return pa.table(columns, schema=schemas.pairs(list(gaps)))

@@ -1,0 +1,89 @@
+"""What a run will cost, before anything runs: rows, bytes and denoiser forwards of each step."""
+
+import math
+from dataclasses import dataclass
+
+from fashiondpo_pipeline.timesteps import saved_steps
+from fashiondpo_pipeline.workspace import Step
+from stages import Chain, Session
+
+
+@dataclass(frozen=True)
+class Line:
+    """One step's cost. forwards: rows through the denoiser, a backward pass counted as two."""
+
+    step: Step
+    done: bool
+    rows: int
+    bytes: int
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    lines: list[Line]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def forwards(self) -> int:
+        return sum(line.forwards for line in self.lines if not line.done)
+
+
+def estimate(session: Session, chain: Chain) -> Plan:
+    """Rows are exact; bytes are exact for latents and assume a typical PNG; pairs are counted at most."""
+    return Plan([_line(session, step) for step in chain.steps])
+
+
+def _line(session: Session, step: Step) -> Line:
+    rows, size, forwards = 0, 0, 0
+    if step.stage == "sample":
+        rows, size, forwards = _sampled(session, step)
+    elif step.stage in ("embed", "score"):
+        rows = _sampled(session, step.inputs["sample"])[0]
+        size = rows * (2048 if step.stage == "embed" else 24)
+    elif step.stage == "pair":
+        k = session.config.sample.candidates
+        rows = len(session.prompts["train"]) * (1 if step.config["select"] == "best_worst" else k * (k - 1) // 2)
+        size = rows * 24
+    elif step.stage == "finetune":
+        f, groups = session.config.finetune, len(session.prompts["train"])
+        columns = f.draws if f.noise == "fresh" and f.objective == "diffusion_dpo" else len(_saved(step.inputs["sample"]))
+        rows = f.epochs * math.ceil(groups / f.groups)
+        branches = 1 if step.inputs["sample"].config["guidance"] == 1 or f.objective != "step_dpo" else 2
+        forwards = 3 * f.epochs * groups * session.config.sample.candidates * min(f.timesteps, columns) * branches
+        size = 2_000_000
+    return Line(step, session.run.done(step), rows, size, forwards)
+
+
+def _saved(sample: Step) -> list[int]:
+    return saved_steps(sample.config["save"], sample.config["steps"]) if sample.config["save"] else []
+
+
+def _sampled(session: Session, step: Step) -> tuple[int, int, int]:
+    knobs = step.config
+    rows = len(session.prompts[step.args["split"]]) * knobs["candidates"]
+    shape = latent_shape(session)
+    saved = _saved(step)
+    latent = 2 * math.prod(shape)
+    picture = math.prod(shape[1:]) * 64 * 3 // 2  # PNG of a photograph: about half of its raw bytes
+    kept = latent * (2 * len(saved) + 1) + 16 * len(saved) if saved else 0
+    branches = 1 if knobs["guidance"] == 1 else 2
+    return rows, rows * (kept + picture + 64), rows * knobs["steps"] * branches
+
+
+def latent_shape(session: Session) -> tuple[int, int, int]:
+    """(c, h, w), read from the model's own configuration files without loading it; Stable Diffusion's where they are not here."""
+    from fashiondpo_pipeline.embedded import locate
+    from fashiondpo_pipeline.workspace import read_json
+
+    folder = locate(session.config.generator.model)
+    if not (folder / "unet" / "config.json").is_file():
+        return 4, 64, 64
+    unet, vae = read_json(folder / "unet" / "config.json"), read_json(folder / "vae" / "config.json")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    s = session.config.sample
+    height, width = (n // factor if n else unet["sample_size"] for n in (s.height, s.width))
+    return unet["in_channels"], height, width

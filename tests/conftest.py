@@ -1,0 +1,52 @@
+"""What every test stands on: tiny models built once, one torch thread, no network, and hypothesis without chance."""
+
+import os
+import socket
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads round sums differently
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id is refused at once instead of after five retries
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fashiondpo_pipeline import testing
+
+torch.set_num_threads(1)
+settings.register_profile("seeded", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("seeded")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network():
+    """Every connection to another machine fails loudly; sockets of this machine's own processes still work."""
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        if self.family == socket.AF_UNIX:
+            return connect(self, address)
+        raise RuntimeError(f"a test tried to reach the network: {address}")
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", refuse)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """A Stable Diffusion folder with random weights that predicts the noise."""
+    return testing.tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory) -> Path:
+    """The same, predicting v."""
+    return testing.tiny_stable_diffusion(tmp_path_factory.mktemp("models") / "sd_v", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """An open_clip folder with random weights, for `local-dir:`."""
+    return testing.tiny_clip(tmp_path_factory.mktemp("models") / "clip")

@@ -79,3 +79,168 @@ def round(
     from stages import rounds
 
     rounds.run(_session(config, sets, name), n)
+
+
+PairsId = Annotated[str | None, typer.Option("--pairs", metavar="ID", help="a pair set that `fdpo rescore` saved for this round")]
+
+
+def _stage(stage: str, round: int | None, pairs: str | None, config: Path | None, sets: list[str] | None, name: str | None) -> None:
+    from stages import single
+
+    single.run(_session(config, sets, name), stage, round, pairs)
+
+
+@app.command()
+def sample(round: RoundNumber = None, config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Draw one round's candidates, with the trajectories that finetuning needs."""
+    _stage("sample", round, None, config, sets, name)
+
+
+@app.command()
+def score(round: RoundNumber = None, config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Ask every expert about one round's candidates."""
+    _stage("score", round, None, config, sets, name)
+
+
+@app.command()
+def pair(round: RoundNumber = None, config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Make preference pairs of one round's scores."""
+    _stage("pair", round, None, config, sets, name)
+
+
+@app.command()
+def finetune(round: RoundNumber = None, pairs: PairsId = None, config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Train the LoRA on one round's pairs."""
+    _stage("finetune", round, pairs, config, sets, name)
+
+
+@app.command()
+def evaluate(round: RoundNumber = None, pairs: PairsId = None, config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Compare one round with the base and the round before, on held-out prompts from the same seeds."""
+    _stage("evaluate", round, pairs, config, sets, name)
+
+
+@app.command()
+def report(round: RoundNumber = None, config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Write the HTML report of a run's rounds (up to --round) again, from its tables."""
+    _stage("report", round, None, config, sets, name)
+
+
+@app.command()
+def rescore(
+    weights: Annotated[str | None, typer.Option("--weights", "-w", metavar="EXPERT=WEIGHT,...", help="such as clip_i=0.7,clip_t=0.3")] = None,
+    round: RoundNumber = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    name: RunName = None,
+) -> None:
+    """New pairs from cached scores, under other weights or other `--set pair.…` rules; no model is loaded.
+
+    Prints how many pairs are kept, flipped, lost and new, and the rank correlation with the old mix.
+    """
+    from stages import rescoring
+
+    session = _session(config, None, name)
+    rescoring.run(session, _config(config, sets, name).pair, weights, round)
+
+
+@app.command()
+def status(
+    verify: Annotated[bool, typer.Option("--verify", help="re-hash every file, and name those that are missing, cut short or altered")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="with --verify: drop what is damaged, so that `fdpo round` makes it again")] = False,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    name: RunName = None,
+) -> None:
+    """What is done, what is stale and why, what is missing, and how big it is."""
+    from stages import status as stage
+
+    stage.run(_session(config, sets, name), verify or repair, repair)
+
+
+@app.command()
+def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds; default: as configured")] = None,
+         config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """What a run will cost before anything runs: rows, bytes and denoiser forwards of each step."""
+    from stages import plan as stage
+
+    session = _session(config, sets, name)
+    stage.show_plan(session, session.chain(n or session.config.rounds))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what to draw")],
+    round: Annotated[int | None, typer.Option("--round", "-r", min=0, help="whose adapter; 0 is the base; default: the last finished round")] = None,
+    count: Annotated[int, typer.Option("--count", "-k", min=1, help="pictures; picture i is drawn from seed + i")] = 4,
+    seed: Annotated[int, typer.Option(help="as torch.Generator().manual_seed(seed + i) in diffusers")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: as in sample")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="guidance; default: as in sample")] = None,
+    eta: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="DDIM noise; default: as in sample")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for the pictures; default: generated/ in the run's folder")] = None,
+    pairs: PairsId = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    name: RunName = None,
+) -> None:
+    """Draw pictures with a round's adapter."""
+    from stages import generate as stage
+
+    stage.run(_session(config, sets, name), prompt, round, pairs, count, seed, steps, guidance, eta, out)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to put the LoRA")],
+    round: RoundNumber = None,
+    pairs: PairsId = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    name: RunName = None,
+) -> None:
+    """Write a round's LoRA for diffusers' load_lora_weights, with where it comes from beside it."""
+    from stages import export as stage
+
+    stage.run(_session(config, sets, name), folder, round, pairs)
+
+
+@app.command("config")
+def show_config(config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
+    """Print the configuration in force, every knob explained."""
+    from fashiondpo_pipeline.config import template
+
+    print(template(_config(config, sets, name)), end="")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="where to write pipeline.yaml")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="write over an existing pipeline.yaml")] = False,
+) -> None:
+    """Write a pipeline.yaml with every knob explained; it runs as it is on the embedded default."""
+    from fashiondpo_pipeline.config import template
+    from fashiondpo_pipeline.workspace import replace_text
+
+    path = folder / "pipeline.yaml"
+    if path.exists() and not force:
+        raise UserError(f"{path} is there already: --force writes over it")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(path, template())
+    print(f"wrote {path}; next: fdpo plan, then fdpo round")
+
+
+demo = typer.Typer(help="The embedded default.", no_args_is_help=True)
+app.add_typer(demo, name="demo")
+
+
+@demo.command("build")
+def demo_build(
+    images: Annotated[Path, typer.Option("--images", help="folder with Fashion-MNIST's four idx .gz files")],
+    out: Annotated[Path, typer.Option("--out", help="folder to write; default: fashion_mini here")] = Path("fashion_mini"),
+    seed: Annotated[int, typer.Option(help="of everything")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
+) -> None:
+    """Remake the embedded default from its source images: generator, CLIP, judge, catalogue, prompts. Resumes."""
+    from fashiondpo_pipeline.demo.build import build
+
+    build(images, out, seed=seed, device=device)

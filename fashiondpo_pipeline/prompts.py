@@ -46,7 +46,7 @@ def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{path}, line {number}: the prompt is empty; fill it or take the line out")
-        group = str(row.get("group") or _slug(prompt))
+        group = str(row.get("group") or slug(prompt))
         if group in seen:
             raise UserError(f"{path}, line {number}: '{group}' was given in line {seen[group]}; take one of them out")
         seen[group] = number
@@ -57,7 +57,7 @@ def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
     return {split: Prompts(found) for split, found in splits.items()}
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
     """A short readable key of a prompt; the hash keeps prompts apart that read alike."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
     return f"{words or 'prompt'}-{fingerprint(prompt)[:6]}"

@@ -152,17 +152,19 @@ class Output:
             },
         )
 
-    def verify(self) -> list[str]:
-        """Names of files that are missing, cut short or altered since the manifest was written."""
+    def verify(self) -> list[tuple[str, int | None]]:
+        """(what is wrong, shard) of each file that is missing, cut short or altered since the manifest was written."""
         wrong = []
         for name, info in self.manifest["files"].items():
-            path = self.parts / name if name.endswith(".parquet") else self.folder / name
+            part = self.parts / name
+            shard = int(part.stem.rpartition("-")[2]) if "/" not in name and name.endswith(".parquet") else None
+            path = part if shard is not None else self.folder / name
             if not path.is_file():
-                wrong.append(f"{path}: missing")
+                wrong.append((f"{path}: missing", shard))
             elif path.stat().st_size != info["bytes"]:
-                wrong.append(f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}")
+                wrong.append((f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}", shard))
             elif hash_file(path) != info["sha256"]:
-                wrong.append(f"{path}: altered")
+                wrong.append((f"{path}: altered", shard))
         return wrong
 
     # -- reading

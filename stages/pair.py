@@ -12,10 +12,10 @@ from fashiondpo_pipeline.workspace import Output, Step
 GROUPS_A_SHARD = 32_768
 
 
-def run(session, step: Step, out: Output) -> None:
+def run(session, step: Step, out: Output, chooser: Chooser | None = None) -> None:
     config = dict(step.config)
     seed = config.pop("seed", 0)
-    chooser = Chooser(grid(out, step), Rule(**config))
+    chooser = chooser or Chooser(grid(out, step), Rule(**config))
     total = rejected = 0
     margins = []
     for shard, (rows, pairs) in enumerate(chooser.parts(GROUPS_A_SHARD)):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.timesteps import saved_steps
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session
@@ -87,3 +88,16 @@ def latent_shape(session: Session) -> tuple[int, int, int]:
     s = session.config.sample
     height, width = (n // factor if n else unet["sample_size"] for n in (s.height, s.width))
     return unet["in_channels"], height, width
+
+
+def show_plan(session: Session, chain: Chain) -> None:
+    """`fdpo plan`: the estimate as a table."""
+    plan = estimate(session, chain)
+    rows = [
+        [f"round {line.step.round}", line.step.name, "done" if line.done else "to do", f"{line.rows:,}" if line.rows else "",
+         size(line.bytes) if line.bytes else "", f"{line.forwards:,}" if line.forwards else ""]
+        for line in plan.lines
+    ]
+    show(f"{session.run.root}", ["", "step", "state", "rows", "bytes", "denoiser rows"], rows)
+    todo = sum(line.bytes for line in plan.lines if not line.done)
+    session.say(f"to do: {plan.forwards:,} denoiser rows (a backward pass counts two), {size(todo)} to write; {size(plan.total_bytes)} in all")

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from fashiondpo_pipeline.diffusion import EPSILON, V, Schedule
 from fashiondpo_pipeline.embedded import PREFIX, locate
@@ -118,6 +120,8 @@ def _load(model: str, revision: str | None, variant: str | None, dtype: torch.dt
     local = model.startswith(PREFIX) or where.exists()
     if local and not (where / "model_index.json").is_file():
         raise UserError(f"generator.model: {where} is not a diffusers folder (no model_index.json); name one that is")
+    diffusers_logging.disable_progress_bar()  # loading a folder takes a second; our own bars say what takes long
+    transformers_logging.disable_progress_bar()
     options = {"dtype": dtype, "use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     try:
         if local:

@@ -1,0 +1,81 @@
+"""`fdpo rescore`: other weights or rules on cached scores -> a new pair set, and what it changes."""
+
+import time
+
+from fashiondpo_pipeline.config import Pair
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.grid import Chooser, Grid
+from fashiondpo_pipeline.preferences import Rule, compare, rank_correlation
+from fashiondpo_pipeline.registry import did_you_mean
+from stages import Session, pair
+from stages.single import last, most_rounds
+
+
+def run(session: Session, section: Pair, weights: str | None, number: int | None) -> None:
+    """`section` carries the `--set pair.…` overrides; `weights` replaces its weights."""
+    started = time.monotonic()
+    if weights:
+        section = Pair.model_validate(section.model_dump() | {"weights": parse_weights(weights, list(session.config.experts))})
+    if number is None:
+        chain = session.chain(max(most_rounds(session), session.config.rounds))
+        number = last(session, chain, lambda r: r.sample)
+    before = session.chain(number).rounds[number].pair
+    step = session.chain(number, {number: section}).rounds[number].pair
+    for scored in {s.folder: s for s in (*before.inputs.values(), *step.inputs.values())}.values():
+        session.output(scored)
+    with session.run.lock():
+        out = session.run.output(step)
+        grid = pair.grid(out, step)
+        old, new = _chooser(session, grid, before), Chooser(grid, Rule(**section.model_dump()))
+        first, second = old.pairs(), new.pairs()
+        if not session.run.done(step):
+            out.open()
+            pair.run(session, step, out, new)
+    _say(session, grid, old, new, first, second, time.monotonic() - started)
+    if step.folder == before.folder:
+        session.say("these are the settings in force: nothing new was saved")
+    else:
+        session.say(f"saved as pairs {step.fingerprint} · to train on it: fdpo finetune --round {number} --pairs {step.fingerprint}")
+
+
+def _chooser(session: Session, grid: Grid, step) -> Chooser:
+    """The pairs in force, on the same grid of groups; experts that only they reward are read too."""
+    scores = dict(grid.scores)
+    config = {key: value for key, value in step.config.items() if key != "seed"}
+    missing = [name for name, weight in config["weights"].items() if weight > 0 and name not in scores]
+    if missing:
+        scores |= {name: pair.grid(session.run.output(step), step).scores[name] for name in missing}
+    return Chooser(Grid(grid.groups, scores), Rule(**config))
+
+
+def _say(session: Session, grid: Grid, old: Chooser, new: Chooser, first, second, seconds: float) -> None:
+    count = int((old.mixed == old.mixed).sum())
+    session.say(f"{count:,} candidates, {len(new.normal)} experts, from cache · {seconds:.1f} s")
+    change = compare(first, second, grid.k)
+    session.say(
+        f"pairs {len(first):,} -> {len(second):,}: {change['kept']:,} kept, {change['flipped']:,} flipped, {change['lost']:,} lost, "
+        f"{change['new']:,} new · rank correlation {rank_correlation(old.mixed, new.mixed):.2f}"
+    )
+
+
+def parse_weights(text: str, experts: list[str]) -> dict[str, float]:
+    """`clip_i=0.7,clip_t=0.3` as a table; every problem at once."""
+    found, wrong = {}, []
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        name = name.strip()
+        if name not in experts:
+            wrong.append(f"no expert called '{name}'; {did_you_mean(name, experts)}")
+            continue
+        try:
+            found[name] = float(value)
+        except ValueError:
+            wrong.append(f"{name}: the weight should be a number, not '{value}'")
+            continue
+        if not 0 <= found[name] < float("inf"):
+            wrong.append(f"{name}: the weight should be 0 or more, not {value}")
+    if not wrong and not sum(found.values()):
+        wrong.append("at least one expert needs a weight above 0")
+    if wrong:
+        raise UserError("\n".join(["--weights:", *(f"  {line}" for line in wrong)] if len(wrong) > 1 else [f"--weights: {wrong[0]}"]))
+    return found

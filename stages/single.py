@@ -1,0 +1,101 @@
+"""One stage of one round, and which round is meant when none is named."""
+
+from collections.abc import Callable
+
+from fashiondpo_pipeline.config import Pair
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.workspace import Step, read_json
+from stages import Chain, Round, Session, report
+from stages.rounds import in_words
+
+
+def run(session: Session, stage: str, number: int | None, pairs: str | None) -> None:
+    """Run what `stage` adds to a round. Raises UserError if something it reads has not been made."""
+    chain, number = choose(session, stage, number, pairs)
+    with session.run.lock():
+        if stage == "report":
+            session.say(f"report   {report.write(session, chain)}")
+            return
+        steps = steps_of(chain, chain.rounds[number], stage)
+        own = {step.folder for step in steps}
+        for step in steps:
+            for role, wanted in step.inputs.items():
+                if wanted.folder not in own and not session.run.done(wanted):
+                    raise UserError(f"round {number} {stage} reads {role} of round {wanted.round} ({wanted.name}), which is not there "
+                                    f"with these settings: run `fdpo {command_for(wanted)} --round {wanted.round}` first, or `fdpo round`")
+        ran = session.execute(steps)
+    if not ran:
+        session.say(f"round {number} {stage}: done already, nothing to do")
+    elif stage == "evaluate":
+        session.say(f"round {number}: {in_words(session.output(steps[-1]).manifest['numbers'], number)}")
+    else:
+        session.say(f"round {number} {stage}: done in {sum(session.output(step).manifest['seconds'] for step in ran):.1f} s")
+
+
+def command_for(step: Step) -> str:
+    """The command that makes a step."""
+    if step.name.startswith("held-out"):
+        return "evaluate"
+    return {"embed": "score", "prepare": "score"}.get(step.stage, step.stage)
+
+
+def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:
+    """A round's steps that belong to a stage's command."""
+    if stage == "score":
+        return [*chain.prepared.values(), *r.embeddings.values(), *r.scores.values()]
+    if stage == "evaluate":
+        held_out = {s.folder: s for n in (0, r.number - 1, r.number) for s in _held_out(chain.rounds[n])}
+        return [*chain.prepared.values(), *held_out.values(), r.evaluate]
+    return [getattr(r, stage)]
+
+
+def _held_out(r: Round) -> list[Step]:
+    return [r.held_out, *r.held_out_embeddings.values(), *r.held_out_scores.values()]
+
+
+def choose(session: Session, stage: str, number: int | None, pairs: str | None = None) -> tuple[Chain, int]:
+    """The chain, and the round meant: the one named, else the first one where `stage` is still to do, else the last."""
+    if number is None:
+        chain = session.chain(max(most_rounds(session), session.config.rounds))
+        if stage == "report":
+            number = last(session, chain, lambda r: r.evaluate)
+            return session.chain(number), number
+        todo = [r.number for r in chain.rounds[1:] if not all(map(session.run.done, steps_of(chain, r, stage)))]
+        number = todo[0] if todo else len(chain.rounds) - 1
+    section = {number: saved_pairs(session, number, pairs)} if pairs else None
+    return session.chain(number, section), number
+
+
+def most_rounds(session: Session) -> int:
+    """The highest round that has a folder."""
+    return max((int(path.name.removeprefix("round-")) for path in session.run.root.glob("round-[0-9]*")), default=1) or 1
+
+
+def last(session: Session, chain: Chain, step_of: Callable[[Round], Step | None]) -> int:
+    """The last round whose step is done. Raises UserError if there is none."""
+    done = [r.number for r in chain.rounds[1:] if (step := step_of(r)) and session.run.done(step)]
+    if not done:
+        raise UserError(f"{session.run.root}: no round has been made with these settings; `fdpo status` shows what there is, `fdpo round` makes one")
+    return done[-1]
+
+
+def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
+    """The pair section that a saved pair set was made with."""
+    folder = session.run.root / f"round-{number:02d}" / f"pair-{fingerprint}"
+    if not (folder / "manifest.json").is_file():
+        there = ", ".join(sorted(p.name.removeprefix("pair-") for p in folder.parent.glob("pair-*"))) or "none"
+        raise UserError(f"round {number} has no pairs {fingerprint}; there are: {there}")
+    config = read_json(folder / "manifest.json")["claim"]["config"]
+    return Pair.model_validate({key: value for key, value in config.items() if key in Pair.model_fields})
+
+
+def finished(session: Session, number: int | None, pairs: str | None = None) -> tuple[Step | None, int]:
+    """(finetune step, round) of the round named, or of the last finished one; (None, 0) for the base."""
+    if number == 0:
+        return None, 0
+    if number is None:
+        number = last(session, session.chain(max(most_rounds(session), session.config.rounds)), lambda r: r.finetune)
+    section = {number: saved_pairs(session, number, pairs)} if pairs else None
+    step = session.chain(number, section).rounds[number].finetune
+    session.output(step)
+    return step, number

@@ -1,7 +1,7 @@
 """Score tables laid out as a grid: one row a group, one column a candidate, so that choosing pairs needs no loop over groups."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 from fashiondpo_pipeline import preferences
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.preferences import Pairs, Rule, Spread
+
+GROUPS_A_PART = 32_768  # bounds the memory of choosing and writing
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,16 @@ class Chooser:
         split = rule.select == "median_split" and bool(np.isfinite(self.mixed).any())
         self._threshold = float(np.nanmedian(self.mixed)) if split else 0.0
 
-    def pairs(self, rows: slice = slice(None)) -> Pairs:
-        """Pairs of some groups, numbered within the slice."""
-        return preferences.choose(self.mixed[rows], self.rule, self._threshold)
+    @cached_property
+    def parts(self) -> list[tuple[slice, Pairs]]:
+        """The pairs, so many groups at a time, numbered within their slice."""
+        slices = [slice(start, start + GROUPS_A_PART) for start in range(0, len(self.mixed), GROUPS_A_PART)]
+        return [(rows, preferences.choose(self.mixed[rows], self.rule, self._threshold)) for rows in slices]
 
-    def parts(self, size: int) -> Iterator[tuple[slice, Pairs]]:
-        for start in range(0, len(self.mixed), size):
-            rows = slice(start, start + size)
-            yield rows, self.pairs(rows)
+    def pairs(self) -> Pairs:
+        """All pairs, numbered over the whole grid."""
+        columns = [(pairs.group + rows.start, pairs.winner, pairs.loser, pairs.margin) for rows, pairs in self.parts]
+        return Pairs(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def reasons(self, rows: slice, pairs: Pairs) -> dict[int, str]:
         scores = {name: self.grid.scores[name][rows] for name in self.normal}

@@ -125,7 +125,7 @@ def choose(mixed: np.ndarray, rule: Rule, threshold: float | None = None) -> Pai
     pairs = {"all": _every, "best_worst": _mirror, "mirror": _mirror, "median_split": _split}[rule.select](
         mixed, rule.margin, *([threshold] if rule.select == "median_split" else [])
     )
-    order = np.lexsort((pairs.loser, pairs.winner, -pairs.margin, pairs.group))
+    order = np.lexsort((-pairs.margin, pairs.group))  # stable: equal margins stay in the order of their candidates
     pairs = pairs[order]
     per_group = {"best_worst": 1, "mirror": rule.per_group or MIRROR_PAIRS}.get(rule.select, rule.per_group)
     if rule.per_candidate is not None:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Changes if and only if a row does."""
         return fingerprint([{k: v for k, v in row.items() if not isinstance(v, dict | bytes)} for row in self.rows])

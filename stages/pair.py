@@ -9,8 +9,6 @@ from fashiondpo_pipeline.grid import Chooser, Grid
 from fashiondpo_pipeline.preferences import Pairs, Rule
 from fashiondpo_pipeline.workspace import Output, Step
 
-GROUPS_A_SHARD = 32_768
-
 
 def run(session, step: Step, out: Output, chooser: Chooser | None = None) -> None:
     config = dict(step.config)
@@ -18,7 +16,7 @@ def run(session, step: Step, out: Output, chooser: Chooser | None = None) -> Non
     chooser = chooser or Chooser(grid(out, step), Rule(**config))
     total = rejected = 0
     margins = []
-    for shard, (rows, pairs) in enumerate(chooser.parts(GROUPS_A_SHARD)):
+    for shard, (rows, pairs) in enumerate(chooser.parts):
         reasons = chooser.reasons(rows, pairs)
         groups = chooser.grid.groups[rows]
         rejects = pa.table([groups.take(pa.array(list(reasons), pa.int64())), list(reasons.values())], schema=schemas.REJECTS)

@@ -8,6 +8,7 @@ Shapes: n rows (candidates), s columns (timesteps or draws), p pairs that index 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,11 @@ class Objective:
     signal: str  # "log_prob": of the step taken, mean over dimensions; "error": squared error of the prediction, mean
 
 
+def _single(signal: Tensor) -> Tensor:
+    """Half-precision signals as float32: beta times a small difference of them would overflow or vanish."""
+    return signal.to(torch.promote_types(signal.dtype, torch.float32))
+
+
 def diffusion_dpo(error: Tensor, ref_error: Tensor, winner: Tensor, loser: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """Diffusion-DPO.  Wallace et al. 2023 (2311.12908), final loss: -ln sigma(-beta/2 [(e_w - ref_w) - (e_l - ref_l)]).
 
@@ -30,7 +36,7 @@ def diffusion_dpo(error: Tensor, ref_error: Tensor, winner: Tensor, loser: Tenso
     >>> diffusion_dpo(e, e, first, second, beta=2000.0)[0].item()      # the policy is the reference: ln 2
     0.6931471824645996
     """
-    gain = ref_error - error
+    gain = _single(ref_error) - _single(error)
     margin = beta / 2 * (gain[winner] - gain[loser])
     return -F.logsigmoid(margin), margin
 
@@ -44,7 +50,7 @@ def step_dpo(
     dimensions. ratio_clip: a candidate whose log-ratio went further than this in the wanted direction gives no more gradient;
     one that went the wrong way always does (PPO's one-sided clip; the published two-sided one lets losses drift).
     """
-    ratio = log_prob - ref_log_prob
+    ratio = _single(log_prob) - _single(ref_log_prob)
     up, down = ratio[winner], ratio[loser]
     if ratio_clip is not None:
         up, down = up.clamp(max=ratio_clip), down.clamp(min=-ratio_clip)

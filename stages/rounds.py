@@ -3,6 +3,7 @@
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session, report
+from stages.naming import command_for
 from stages.plan import estimate
 
 
@@ -15,7 +16,7 @@ def run(session: Session, n: int | None) -> None:
         for number in range(n + 1):
             ran = session.execute(chain.of(number))
             if ran and number:
-                session.say(_sentence(session, chain, number, ran))
+                session.say(_sentence(session, chain, number))
         path = report.write(session, chain)
     _table(session, chain)
     last = chain.rounds[-1]
@@ -39,10 +40,23 @@ def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:
     )
 
 
-def _sentence(session: Session, chain: Chain, number: int, ran: list[Step]) -> str:
-    numbers = session.output(chain.rounds[number].evaluate).manifest["numbers"]
-    seconds = sum(session.output(step).manifest["seconds"] for step in ran)
-    return f"round {number} done in {seconds:.0f} s · held-out: {in_words(numbers, number)}"
+def _sentence(session: Session, chain: Chain, number: int) -> str:
+    r = chain.rounds[number]
+    seconds = seconds_by_stage(session, chain, number)
+    pair, finetune, evaluate = (session.output(step).manifest["numbers"] for step in (r.pair, r.finetune, r.evaluate))
+    return (
+        f"round {number}  sample {seconds['sample']:.0f} s · score {seconds['score']:.0f} s · pair {pair['pairs']:,} pairs, "
+        f"{pair['rejected']} groups without · finetune {finetune['steps']} steps {seconds['finetune']:.0f} s · "
+        f"evaluate {seconds['evaluate']:.0f} s\n         held-out: {in_words(evaluate, number)}"
+    )
+
+
+def seconds_by_stage(session: Session, chain: Chain, number: int) -> dict[str, float]:
+    """Seconds that each stage of a round took when it ran: as the person knows them, not step by step."""
+    found = dict.fromkeys(("sample", "score", "pair", "finetune", "evaluate"), 0.0)
+    for step in chain.of(number):
+        found[command_for(step)] += session.output(step).manifest["seconds"]
+    return found
 
 
 def in_words(numbers: dict, number: int) -> str:
@@ -62,21 +76,21 @@ def percent(rate: dict) -> str:
 
 
 def _table(session: Session, chain: Chain) -> None:
-    experts = list(session.config.experts)
-    rows = []
-    for done in chain.rounds[1:]:
-        numbers = session.output(done.evaluate).manifest["numbers"]
-        seconds = {step.name: session.output(step).manifest["seconds"] for step in chain.of(done.number)}
-        if done.number == 1:
-            rows.append(["base", "", *(_figure(numbers["experts"][e]["base"]) for e in experts), _figure(numbers["diversity"]["base"]), "", "", "", ""])
-        rows.append([
-            f"round {done.number}", percent(numbers["against_base"]),
-            *(_figure(numbers["experts"][e]["after"]) for e in experts), _figure(numbers["diversity"]["after"]), f"{numbers['pairs']:,}",
-            f"{seconds['sample']:.0f}", f"{seconds['finetune']:.0f}", f"{sum(seconds.values()) - seconds['sample'] - seconds['finetune']:.0f}",
-        ])
-    rewarded = session.config.pair.weights
-    heads = [f"{name}{'' if rewarded.get(name) else ' (watched)'}" for name in experts]
-    show("held-out prompts, same seeds", ["", "win rate over base", *heads, "diversity", "pairs", "sample s", "finetune s", "rest s"], rows)
+    """Round by round: who wins, what each expert says, and how long each stage took."""
+    experts, results, times = list(session.config.experts), [], []
+    for r in chain.rounds[1:]:
+        numbers = session.output(r.evaluate).manifest["numbers"]
+        if r.number == 1:
+            results.append(["base", "", *_figures(numbers, experts, "base"), ""])
+        results.append([f"round {r.number}", percent(numbers["against_base"]), *_figures(numbers, experts, "after"), f"{numbers['pairs']:,}"])
+        times.append([f"round {r.number}", *(f"{s:.1f}" for s in seconds_by_stage(session, chain, r.number).values())])
+    heads = [name if session.config.pair.weights.get(name) else f"{name} (watched)" for name in experts]
+    show("held-out prompts, same seeds: win rate over the base, means", ["", "win rate", *heads, "diversity", "pairs"], results)
+    show("seconds", ["", "sample", "score", "pair", "finetune", "evaluate"], times)
+
+
+def _figures(numbers: dict, experts: list[str], role: str) -> list[str]:
+    return [*(_figure(numbers["experts"][name][role]) for name in experts), _figure(numbers["diversity"][role])]
 
 
 def _figure(value: float | None) -> str:

@@ -6,6 +6,7 @@ from fashiondpo_pipeline.config import Pair
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.workspace import Step, read_json
 from stages import Chain, Round, Session, report
+from stages.naming import command_for
 from stages.rounds import in_words
 
 
@@ -29,14 +30,9 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     elif stage == "evaluate":
         session.say(f"round {number}: {in_words(session.output(steps[-1]).manifest['numbers'], number)}")
     else:
-        session.say(f"round {number} {stage}: done in {sum(session.output(step).manifest['seconds'] for step in ran):.1f} s")
-
-
-def command_for(step: Step) -> str:
-    """The command that makes a step."""
-    if step.name.startswith("held-out"):
-        return "evaluate"
-    return {"embed": "score", "prepare": "score"}.get(step.stage, step.stage)
+        numbers = session.output(steps[-1]).manifest["numbers"] if stage == "pair" else {}
+        made = f"{numbers['pairs']:,} pairs, {numbers['rejected']} groups without · " if numbers else ""
+        session.say(f"round {number} {stage}: {made}{sum(session.output(step).manifest['seconds'] for step in ran):.1f} s")
 
 
 def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:

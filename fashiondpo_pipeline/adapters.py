@@ -1,5 +1,6 @@
 """LoRA adapters on a denoiser: attach, switch, load, fuse. The only file that knows peft."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -50,18 +51,32 @@ def load(denoiser: nn.Module, folder: Path, targets: list[str] | None = None) ->
     file = folder / FILE
     if not file.is_file():
         raise UserError(f"there is no LoRA at {file}: run the round that makes it, or name another folder")
-    weights = {name.removeprefix("unet."): tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
+    try:
+        tensors = load_file(file)
+    except SafetensorError as problem:
+        raise UserError(f"{file} cannot be read ({problem}): run the round that makes it again, or name another folder") from problem
+    weights = {name.removeprefix("unet."): tensor for name, tensor in tensors.items() if name.startswith("unet.")}
     rank, alpha, found = _settings(file, weights)
     attach(denoiser, rank, alpha, targets or found, seed=0)
-    result = set_peft_model_state_dict(denoiser, weights, adapter_name=POLICY)
-    own = {name for name in denoiser.state_dict() if "lora_" in name}
-    if result.unexpected_keys or len(own) != len(weights):
-        raise UserError(f"{file} was made for another denoiser: {len(weights)} tensors for {len(own)} places; use its own model")
+    places = {name.replace(f".{POLICY}.", "."): w.shape for name, w in denoiser.state_dict().items() if "lora_" in name}
+    if places != {name: tensor.shape for name, tensor in weights.items()}:
+        detach(denoiser)
+        raise UserError(f"{file} was made for another denoiser ({len(weights)} tensors, {len(places)} places): use its own model")
+    set_peft_model_state_dict(denoiser, weights, adapter_name=POLICY)
+
+
+def order_header(file: Path) -> None:
+    """Same adapter, same bytes: safetensors writes its metadata in an order drawn anew each time; here it is sorted."""
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def _settings(file: Path, weights: dict[str, torch.Tensor]) -> tuple[int, float, list[str]]:
-    import json
-
     with safe_open(file, framework="pt") as opened:
         noted = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     downs = {name: tensor for name, tensor in weights.items() if name.endswith("lora_A.weight")}

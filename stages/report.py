@@ -1,12 +1,145 @@
-"""Everything of a run -> one self-contained HTML file and its numbers as JSON; reads tables only."""
+"""Everything of a run -> one self-contained HTML file and its numbers as JSON. Reads tables only, loads no model."""
 
+from collections import Counter
 from pathlib import Path
 
-from fashiondpo_pipeline.workspace import write_json
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fashiondpo_pipeline import __version__, report, statistics
+from fashiondpo_pipeline.codecs import decode_picture
+from fashiondpo_pipeline.config import template
+from fashiondpo_pipeline.grid import Grid
+from fashiondpo_pipeline.preferences import Rule
+from fashiondpo_pipeline.report import Missing, Pictures, Record, Round, thumbnail
+from fashiondpo_pipeline.workspace import Output, Step, replace_text, write_json
 from stages import Chain, Session
+
+METERED = 200  # pictures of the base that tell how much a meter varies: each has to be decoded
 
 
 def write(session: Session, chain: Chain) -> Path:
-    numbers = {f"round {r.number}": session.output(r.evaluate).manifest["numbers"] for r in chain.rounds[1:]}
-    write_json(session.run.root / "numbers.json", numbers)
-    return session.run.root / "numbers.json"
+    """`report.html` and `numbers.json` of a finished chain, written anew; the path of the page.
+
+    Equal results give the same bytes of numbers.json; seconds and versions are in the page only.
+    """
+    record = read(session, chain)
+    write_json(session.run.root / "numbers.json", {f"round {r.number}": r.numbers for r in record.rounds})
+    page = session.run.root / "report.html"
+    replace_text(page, report.render(record=record, report=report, made=_made(session, chain), **_pictures(session, chain, record)))
+    return page
+
+
+def read(session: Session, chain: Chain) -> Record:
+    """What the report's figures are made from."""
+    base, *rounds = chain.rounds
+    return Record(
+        session.config, _grid(session, base.held_out, base.held_out_scores), [_round(session, r) for r in rounds],
+        [missing for step in chain.steps if step.stage == "score" for missing in _missing(session.output(step), step)],
+        _spread(session.output(base.held_out)),
+    )
+
+
+def _round(session: Session, r) -> Round:
+    pair = session.output(r.pair)
+    rule = {name: value for name, value in r.pair.config.items() if name != "seed"}
+    columns = ["group", "winner", "loser", "winner_score", "loser_score", "margin"]
+    return Round(
+        r.number, session.output(r.evaluate).manifest["numbers"], _grid(session, r.held_out, r.held_out_scores),
+        _grid(session, r.sample, r.scores), Rule(**rule), pair.table("pairs", columns).combine_chunks(), pair.manifest["numbers"],
+        session.output(r.finetune).table("steps"),
+    )
+
+
+def _grid(session: Session, sample: Step, scores: dict[str, Step]) -> Grid:
+    tables = {name: session.output(step).table("scores", ["group", "candidate", "score"]) for name, step in scores.items()}
+    return Grid.of(session.output(sample).table("candidates", ["group", "candidate"]), tables)
+
+
+def _missing(out: Output, step: Step) -> list[Missing]:
+    count, known = (out.manifest["numbers"][name] for name in ("missing", "scored"))
+    if not count:
+        return []
+    reasons = Counter(out.table("scores", ["reason"])["reason"].drop_null().to_pylist())
+    where = f"round {step.round}, held-out" if step.name.startswith("held-out") else f"round {step.round}, candidates"
+    return [Missing(step.args["expert"], where, count, count + known, reasons.most_common(1)[0][0])]
+
+
+def _spread(base: Output) -> dict[str, float]:
+    """Each meter's standard deviation over the base's held-out pictures, or over an even choice of them where there are many."""
+    keys = base.table("candidates", ["group", "candidate"]).to_pylist()
+    wanted = {(keys[i]["group"], keys[i]["candidate"]) for i in report.spaced(len(keys), METERED)}
+    names = ("brightness", "contrast", "saturation", "sharpness")
+    values = [statistics.meters(np.asarray(decode_picture(data, "/".join(map(str, place)))))
+              for place, (data, _) in _read_pictures(base, wanted).items()]
+    return dict(zip(names, np.std(values, axis=0).tolist(), strict=True))
+
+
+# -- pictures
+
+
+def _pictures(session: Session, chain: Chain, record: Record) -> dict:
+    """The parts of the page that show pictures: prompts before and after, widest and narrowest pairs."""
+    rows = report.chosen_prompts(record)
+    names = record.base.groups.to_pylist()
+    wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
+    draws, prompts = {}, {}
+    for number in (0, *(r.number for r in record.shown)):
+        draws[number] = _thumbnails(session.output(chain.rounds[number].held_out), wanted, prompts)
+
+    widest, narrowest = report.chosen_pairs(record.last, record.config.report.pairs)
+    pairs = record.last.pairs.take(widest + narrowest).to_pylist()
+    wanted = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
+    candidates = _thumbnails(session.output(chain.rounds[-1].sample), wanted, prompts)
+    return {
+        "rows": rows, "grids": report.before_and_after(record, rows, prompts, draws),
+        "widest": report.pair_cards(record, widest, prompts, candidates),
+        "narrowest": report.pair_cards(record, narrowest, prompts, candidates),
+    }
+
+
+def _thumbnails(out: Output, wanted: set[tuple[str, int]], prompts: dict[str, str]) -> Pictures:
+    """The wanted pictures, small; what was asked for is noted in `prompts`."""
+    found = _read_pictures(out, wanted)
+    prompts.update({group: prompt for (group, _), (_, prompt) in found.items()})
+    return {place: thumbnail(data, "/".join(map(str, place))) for place, (data, _) in found.items()}
+
+
+def _read_pictures(out: Output, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], tuple[bytes, str]]:
+    """(group, candidate) -> (file, prompt) of the wanted pictures; one shard's pictures in memory at a time."""
+    groups = pa.array(sorted({group for group, _ in wanted}), pa.string())
+    found = {}
+    for shard in out.shards("candidates"):
+        if not pc.any(pc.is_in(out.table("candidates", ["group"], shard)["group"], groups)).as_py():
+            continue
+        table = out.table("candidates", ["group", "candidate", "prompt", "picture"], shard)
+        for row in table.filter(pc.is_in(table["group"], groups)).to_pylist():
+            if (row["group"], row["candidate"]) in wanted:
+                found[row["group"], row["candidate"]] = row["picture"]["bytes"], row["prompt"]
+    return found
+
+
+# -- how it was made
+
+
+def _made(session: Session, chain: Chain) -> dict:
+    """Configuration, fingerprints, seconds and versions."""
+    done = [(step, session.output(step).manifest) for step in chain.steps]
+    last = session.output(chain.rounds[-1].evaluate).manifest
+    seconds = [_seconds([(step, manifest) for step, manifest in done if step.round == r.number]) for r in chain.rounds]
+    return {
+        "version": __version__, "root": session.run.root, "config": template(session.config), "steps": done,
+        "versions": last["versions"], "git": last["git"], "mixed": any(m["versions"] != last["versions"] for _, m in done),
+        "seconds": seconds, "stages": list(dict.fromkeys(name for row in seconds for name in row)),
+        "finetune": session.output(chain.rounds[-1].finetune).manifest["numbers"], "sources": chain.rounds[0].held_out.files,
+    }
+
+
+def _seconds(steps: list[tuple[Step, dict]]) -> dict[str, float]:
+    """Seconds by stage; what is done for held-out pictures is one of its own."""
+    found: dict[str, float] = {}
+    for step, manifest in steps:
+        name = "held-out" if step.name.startswith("held-out") else step.stage
+        found[name] = found.get(name, 0.0) + manifest["seconds"]
+    return found

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fashiondpo_pipeline import diffusion
-from fashiondpo_pipeline.diffusion import EPSILON, V, Schedule
+from fashiondpo_pipeline.diffusion import EPSILON, Schedule, V
 from fashiondpo_pipeline.generators.text2img import Text2Image
 
 SHAPE = (3, 2, 2)
@@ -68,7 +68,8 @@ def test_a_step_and_its_density_are_diffusers_own_at_every_timestep(prediction, 
     for i, timestep in enumerate(t.tolist()):
         row = slice(i, i + 1)
         walk = {"eta": eta, "variance_noise": noise[row] if eta else None}
-        assert torch.allclose(theirs.step(predicted[row], timestep, x_t[row], **walk).prev_sample, x_prev[row], rtol=0, atol=1e-10)
+        wanted = theirs.step(predicted[row], timestep, x_t[row], **walk).prev_sample
+        assert torch.allclose(wanted, x_prev[row], rtol=0, atol=1e-10)
         walk["variance_noise"] = torch.zeros_like(noise[row]) if eta else None
         their_mean = theirs.step(predicted[row], timestep, x_t[row], **walk).prev_sample
         their_sigma = eta * theirs._get_variance(timestep, timestep - ours.stride).sqrt()

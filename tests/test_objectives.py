@@ -180,7 +180,7 @@ def test_each_pair_keeps_its_own_loss(name):
     loss, margin = loss_of(name)(policy, reference, winner, loser)
     assert loss.shape == margin.shape == (4, 3)
     alone = partial(loss_of(name), winner=FIRST, loser=SECOND)
-    for pair, (w, l) in enumerate(zip(winner.tolist(), loser.tolist(), strict=True)):
+    for pair, both in enumerate(zip(winner.tolist(), loser.tolist(), strict=True)):
         for t in range(3):
-            one = alone(policy[[w, l], t], reference[[w, l], t])
+            one = alone(policy[list(both), t], reference[list(both), t])
             assert one[0].item() == pytest.approx(loss[pair, t].item(), abs=1e-12)

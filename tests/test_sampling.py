@@ -174,7 +174,8 @@ def test_the_error_of_a_perfect_denoiser_is_zero(generator):
     shape, t = generator.latent_shape, schedule.timesteps[[0, 2]]
     x_0, eps = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x_t = diffusion.add_noise(schedule, x_0, eps, t)
-    assert tracked_error(schedule, diffusion.target(schedule, x_0, eps, t), x_0, x_t, t).tolist() == pytest.approx([0, 0], abs=1e-20)
+    perfect = diffusion.target(schedule, x_0, eps, t)
+    assert tracked_error(schedule, perfect, x_0, x_t, t).tolist() == pytest.approx([0, 0], abs=1e-20)
 
 
 def test_both_branches_of_guidance_go_through_the_denoiser_in_one_call():

@@ -9,7 +9,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from fashiondpo_pipeline.diffusion import EPSILON, V, Schedule
+from fashiondpo_pipeline import adapters
+from fashiondpo_pipeline.diffusion import EPSILON, Schedule, V
 from fashiondpo_pipeline.embedded import PREFIX, locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.sampling import Condition
@@ -106,13 +107,14 @@ class Text2Image:
         """`pytorch_lora_weights.safetensors` in `folder`, for `load_lora_weights` of any Stable Diffusion pipeline."""
         from peft.utils import get_peft_model_state_dict
 
-        config = self.denoiser.peft_config["policy"]
+        config = self.denoiser.peft_config[adapters.POLICY]
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=get_peft_model_state_dict(self.denoiser, adapter_name="policy"),
+            unet_lora_layers=get_peft_model_state_dict(self.denoiser, adapter_name=adapters.POLICY),
             unet_lora_adapter_metadata={"r": config.r, "lora_alpha": config.lora_alpha,
                                         "target_modules": sorted(config.target_modules)},
         )
+        adapters.order_header(Path(folder) / adapters.FILE)
 
 
 def _load(model: str, revision: str | None, variant: str | None, dtype: torch.dtype) -> StableDiffusionPipeline:

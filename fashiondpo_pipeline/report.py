@@ -1,0 +1,542 @@
+"""The report's parts: what a run's tables say in words, charts and pictures, and the page they are laid out on.
+
+Nothing here reads a disk or loads a model: `stages/report.py` gathers a `Record`, everything below is a function of it.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from fashiondpo_pipeline import charts, preferences, statistics
+from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Points
+from fashiondpo_pipeline.codecs import decode_picture
+from fashiondpo_pipeline.config import Config
+from fashiondpo_pipeline.grid import Chooser, Grid
+from fashiondpo_pipeline.preferences import Rule
+from fashiondpo_pipeline.seeds import key
+
+DIVERSITY_FLOOR = 0.9  # of the base's
+DRIFT = 0.5  # of a meter's standard deviation over the base's pictures
+MISSING = 0.02  # share of pictures without a score
+FEW_PROMPTS = 20  # below, an interval over prompts says little
+THUMBNAIL, PIXELS = 256, 96  # longest side in the page; up to PIXELS a picture is shown as the pixels it has
+RESAMPLES = 1000  # for the intervals of means, which only a chart shows
+
+
+@dataclass(frozen=True)
+class Missing:
+    """How many pictures of one draw an expert gave no score, and the reason it gave most often."""
+
+    expert: str
+    where: str
+    count: int
+    total: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the tables say of one round."""
+
+    number: int
+    numbers: dict  # evaluate's
+    held_out: Grid
+    train: Grid  # every expert's scores of the candidates, rewarded or not
+    rule: Rule
+    pairs: pa.Table
+    pair_numbers: dict
+    steps: pa.Table
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        """The candidates as pairs were chosen from them."""
+        return Chooser(self.train, self.rule)
+
+    @cached_property
+    def gaps(self) -> dict[str, np.ndarray]:
+        """Winner's normalised score minus loser's, of every expert, watched ones too; (p,) each."""
+        everyone = Chooser(self.train, replace(self.rule, weights=dict.fromkeys(self.train.scores, 1.0)))
+        rows = pc.index_in(self.pairs["group"], self.train.groups).to_numpy()
+        winner, loser = (self.pairs[role].to_numpy() for role in ("winner", "loser"))
+        return {name: normal[rows, winner] - normal[rows, loser] for name, normal in everyone.normal.items()}
+
+    @property
+    def rewarded(self) -> dict[str, float]:
+        return {name: weight for name, weight in self.rule.weights.items() if weight > 0}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the tables say of a run. spread: each meter's standard deviation over the base's pictures."""
+
+    config: Config
+    base: Grid
+    rounds: list[Round]
+    missing: list[Missing]
+    spread: dict[str, float]
+
+    @property
+    def last(self) -> Round:
+        return self.rounds[-1]
+
+    @property
+    def experts(self) -> list[str]:
+        return list(self.base.scores)
+
+    @property
+    def judge(self) -> str:
+        return self.last.numbers["judge"]
+
+    @property
+    def shown(self) -> list[Round]:
+        """Rounds that pictures and overlaid curves show: all, or as many as there are colours, the first and last among them."""
+        return [self.rounds[i] for i in spaced(len(self.rounds), ROUND_COLOURS - 1)]
+
+    @cached_property
+    def opinions(self) -> list[np.ndarray]:
+        """The judge's scores of the held-out pictures, (g, k), of the base and of every round."""
+        grids = [self.base.scores, *(r.held_out.scores for r in self.rounds)]
+        if self.judge in self.base.scores:
+            return [scores[self.judge] for scores in grids]
+        return _mixed(grids, self.last.rewarded)
+
+    @cached_property
+    def judged_gains(self) -> np.ndarray:
+        """How much the judge's mean rose from the base to the last round, of each held-out prompt; (g,), NaN where unknown."""
+        return _row_means(self.opinions[-1] - self.opinions[0])
+
+
+def _mixed(grids: list[dict[str, np.ndarray]], weights: dict[str, float]) -> list[np.ndarray]:
+    """The rewarded experts' mix of several draws, in standard deviations over all of them."""
+    spread = {name: preferences.Spread.of(np.concatenate([grid[name] for grid in grids]), False) for name in weights}
+    return [preferences.mix({n: preferences.normalise(grid[n], "zscore", spread[n]) for n in weights}, weights) for grid in grids]
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values)
+    count = known.sum(1)
+    return np.where(count > 0, np.where(known, values, 0).sum(1) / np.maximum(count, 1), np.nan)
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0..count-1, evenly spread, both ends among them (the last one if only one may stay).
+
+    >>> spaced(3, 5), spaced(10, 4), spaced(10, 1)
+    ([0, 1, 2], [0, 3, 6, 9], [9])
+    """
+    if count <= most:
+        return list(range(count))
+    return [count - 1] if most == 1 else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+# -- figures in words
+
+
+MINUS, NO_VALUE, UNBROKEN = "\u2212", "\u2013", "\u00a0"  # a true minus sign, a dash, a space where no line may break
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number in so many digits, a dash where there is none.
+
+    >>> figure(0.531249), figure(None) == NO_VALUE, figure(-12.0, 3) == MINUS + "12.0"
+    ('0.5312', True, True)
+    """
+    return NO_VALUE if value is None or value != value else f"{value:#.{digits}g}".rstrip(".").replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    return f"+{figure(value, digits)}" if value is not None and value > 0 else figure(value, digits)
+
+
+def percent(rate: dict) -> str:
+    """A win rate with its interval."""
+    return f"{100 * rate['win_rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]".replace(" ", UNBROKEN)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(0.42), duration(75), duration(8000)
+    ('0.4 s', '1 min 15 s', '2 h 13 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def judge_in_words(record: Record) -> str:
+    """'the judge', 'the judge (bright)', 'the mix of the rewarded experts'."""
+    if record.judge not in record.experts:
+        return "the mix of the rewarded experts"
+    return "the judge" if record.judge == "judge" else f"the judge ({record.judge})"
+
+
+def headline(record: Record) -> tuple[str, str]:
+    """(good, bad or open; the result in a few words)."""
+    rate = record.last.numbers["against_base"]
+    if rate["low"] > 0.5:
+        return "good", "Better than the base"
+    return ("bad", "Worse than the base") if rate["high"] < 0.5 else ("open", "No clear difference from the base")
+
+
+def verdict(record: Record) -> str:
+    """The result of the last round as a sentence."""
+    numbers = record.last.numbers
+    text = (f"After {_count(record.last.number, 'round')} {judge_in_words(record)} prefers the tuned model's picture in "
+            f"{percent(numbers['against_base'])} of {_count(numbers['pictures'], 'held-out picture')}")
+    ratio = diversity_ratio(record.last)
+    return text + (f", diversity {ratio:.2f} of the base's." if ratio is not None else ".")
+
+
+def diversity_ratio(done: Round) -> float | None:
+    """Diversity within a prompt as a share of the base's; None where no tower measured it, or the base has none."""
+    found = done.numbers["diversity"]
+    return found["after"] / found["base"] if found["after"] is not None and found["base"] else None
+
+
+def what_was_rewarded(record: Record) -> str:
+    """Which experts the pairs were made from, and which only looked on."""
+    rewarded = record.last.rewarded
+    total = sum(rewarded.values())
+    weights = _listed([f"{name} ({100 * weight / total:.0f} %)" for name, weight in rewarded.items()])
+    watched = [name for name in record.experts if name not in rewarded]
+    return f"Rewarded: {weights}. " + (f"Only watched: {_listed(watched)}." if watched else "No expert was only watched.")
+
+
+# -- what looks off
+
+
+def warnings(record: Record) -> list[str]:
+    """Everything that looks off, in plain words; empty where nothing does."""
+    checks = (_control, _judge_is_rewarded, _reward_without_gain, _step_back, _narrower, _drift, _pairs_against_watched,
+              _pushed_down, _silence, _groups_without, _few_prompts)
+    return [sentence for check in checks for sentence in check(record)]
+
+
+def _control(record: Record) -> list[str]:
+    odd = {r.rule.labels for r in record.rounds} - {"scored"}
+    return [f"This is a control experiment: the pairs' labels are {label}, so no gain is to be expected." for label in sorted(odd)]
+
+
+def _judge_is_rewarded(record: Record) -> list[str]:
+    if not record.last.numbers["judge_rewarded"]:
+        return []
+    return [f"{judge_in_words(record).capitalize()} is itself what was rewarded: a high win rate shows that the reward went up, not "
+            "that pictures got better. Set evaluate.judge to an expert without a weight in pair.weights."]
+
+
+def _reward_without_gain(record: Record) -> list[str]:
+    numbers = record.last.numbers
+    rate, judge = numbers["against_base"], judge_in_words(record)
+    if rate["low"] > 0.5:
+        return []
+    finds = "prefers the base" if rate["high"] < 0.5 else "cannot tell it from the base"
+    rose = [name for name in record.last.rewarded if numbers["experts"][name]["against_base"]["low"] > 0.5]
+    if not rose or numbers["judge_rewarded"]:
+        return [f"{judge.capitalize()} {finds}: {percent(rate)}."]
+    return [f"{_listed(rose)}, which was rewarded, rose; {judge}, which only watched, {finds} ({percent(rate)}). "
+            "The model may be pleasing its reward alone: look at the pictures before and after."]
+
+
+def _step_back(record: Record) -> list[str]:
+    return [f"Round {r.number} lost to round {r.number - 1}: {percent(r.numbers['against_previous'])}. Round {r.number - 1} may be the "
+            "one to keep." for r in record.rounds[1:] if r.numbers["against_previous"]["high"] < 0.5]
+
+
+def _narrower(record: Record) -> list[str]:
+    ratio = diversity_ratio(record.last)
+    if ratio is None or ratio >= DIVERSITY_FLOOR:
+        return []
+    return [f"Diversity within a prompt fell to {ratio:.2f} of the base's (below {DIVERSITY_FLOOR:g}): pictures of one prompt have become "
+            "alike. Fewer epochs, a higher finetune.beta or a lower learning rate hold it."]
+
+
+def _drift(record: Record) -> list[str]:
+    meters = record.last.numbers["meters"]
+    far = [f"{name} by {signed(shift, 2)} ({figure(meters[name]['base'], 3)} to {figure(meters[name]['after'], 3)})"
+           for name, shift in drift(record).items() if shift is not None and abs(shift) > DRIFT]
+    if not far:
+        return []
+    return [f"Pictures drifted, in standard deviations of the base's pictures: {_listed(far)}. Was that asked for?"]
+
+
+def drift(record: Record) -> dict[str, float | None]:
+    """How far each meter's mean moved from the base to the last round, in standard deviations of the base's pictures."""
+    found: dict[str, float | None] = {}
+    for name, values in record.last.numbers["meters"].items():
+        spread = record.spread[name]
+        known = values["base"] is not None and values["after"] is not None and spread > 0
+        found[name] = (values["after"] - values["base"]) / spread if known else None
+    return found
+
+
+def _pairs_against_watched(record: Record) -> list[str]:
+    watched = {name: share for name, share in sides_with_pairs(record.last).items() if name not in record.last.rewarded}
+    return [f"{name}, which only watched, would have ordered most of round {record.last.number}'s pairs the other way round (it sides with "
+            f"{100 * share:.0f} %): what is rewarded is not what it likes." for name, share in watched.items() if share < 0.5]
+
+
+def sides_with_pairs(done: Round) -> dict[str, float]:
+    """Share of the round's pairs that each expert orders as they are labelled, ties one half; NaN without a score."""
+    found = {}
+    for name, gap in done.gaps.items():
+        known = gap[np.isfinite(gap)]
+        found[name] = float(((known > 0) + 0.5 * (known == 0)).mean()) if len(known) else float("nan")
+    return found
+
+
+def _pushed_down(record: Record) -> list[str]:
+    shares = {r.number: float((r.steps["winner"].to_numpy()[1:] < 0).mean()) for r in record.rounds if len(r.steps) > 1}
+    falling = [f"{100 * share:.0f} % of round {number}'s optimiser steps" for number, share in shares.items() if share > 0.5]
+    if not falling:
+        return []
+    return [f"In {_listed(falling)} even the winners became less likely than under the reference: the loss fell because losers fell "
+            "further. Raise finetune.beta or lower finetune.learning_rate."]
+
+
+def _silence(record: Record) -> list[str]:
+    return [f"{m.expert} gave no score for {m.count:,} of {m.total:,} pictures ({m.where}); mostly: {m.reason}."
+            for m in record.missing if m.count > MISSING * m.total]
+
+
+def _groups_without(record: Record) -> list[str]:
+    found = []
+    for r in record.rounds:
+        without, groups = r.pair_numbers["rejected"], r.pair_numbers["groups"]
+        if without > groups / 2:
+            found.append(f"Round {r.number}: {without:,} of {groups:,} prompts gave no pair, so little was learnt from; lower pair.margin.")
+    return found
+
+
+def _few_prompts(record: Record) -> list[str]:
+    count = record.last.numbers["prompts"]
+    return [f"Only {_count(count, 'held-out prompt')}: an interval over so few says little."] if count < FEW_PROMPTS else []
+
+
+# -- which pictures to show
+
+
+def chosen_prompts(record: Record) -> list[int]:
+    """Rows of the held-out prompts to show, greatest gain first: evenly spread over all, the greatest loss among them."""
+    order = ranked_prompts(record)
+    return [int(order[i]) for i in spaced(len(order), record.config.report.prompts)]
+
+
+def ranked_prompts(record: Record) -> np.ndarray:
+    """Rows of the held-out prompts that the judge scored in both, greatest gain first."""
+    known = np.flatnonzero(np.isfinite(record.judged_gains))
+    return known[np.argsort(-record.judged_gains[known], kind="stable")]
+
+
+def chosen_pairs(done: Round, most: int) -> tuple[list[int], list[int]]:
+    """Rows of the widest and of the narrowest pairs of a round, half of `most` each, at most one a prompt on each side."""
+    margin = np.abs(done.pairs["margin"].to_numpy())
+    groups = done.pairs["group"].to_pylist()
+
+    def first_of_groups(order: np.ndarray, count: int) -> list[int]:
+        found: dict[str, int] = {}
+        for row in order.tolist():
+            if len(found) == count:
+                break
+            found.setdefault(groups[row], row)
+        return list(found.values())
+
+    widest = first_of_groups(np.argsort(-margin, kind="stable"), (most + 1) // 2)
+    narrowest = first_of_groups(np.argsort(margin, kind="stable"), most // 2)
+    return widest, [row for row in narrowest if row not in widest]
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as the page holds it."""
+
+    source: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+def thumbnail(data: bytes, where: str) -> Thumbnail:
+    """A small picture stays as it is, to be shown in its own pixels; a large one becomes a JPEG of at most 256 pixels a side."""
+    picture = decode_picture(data, where)
+    if max(picture.size) <= PIXELS:
+        return _embed(picture, "png", pixelated=True)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return _embed(picture, "jpeg", pixelated=False)
+
+
+def _embed(picture: Image.Image, kind: str, pixelated: bool) -> Thumbnail:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(f"data:image/{kind};base64,{text}", *picture.size, pixelated)
+
+
+Pictures = dict[tuple[str, int], Thumbnail]
+
+
+def before_and_after(record: Record, rows: list[int], prompts: dict[str, str], pictures: dict[int, Pictures]) -> list[dict]:
+    """For each chosen prompt: its pictures by the base and, from the same seeds, by each shown round; pictures: by round."""
+    order = ranked_prompts(record).tolist()
+    names = record.base.groups.to_pylist()
+    return [
+        {"prompt": prompts[names[row]], "place": order.index(row) + 1, "gain": float(record.judged_gains[row]),
+         "draws": [_draw(record, number, row, names[row], pictures[number]) for number in (0, *(r.number for r in record.shown))]}
+        for row in rows
+    ]
+
+
+def _draw(record: Record, number: int, row: int, name: str, pictures: Pictures) -> dict:
+    """One draw of one prompt: a row of pictures with the judge's scores."""
+    base, scores = record.opinions[0][row], record.opinions[number][row]
+    cells = []
+    for i in range(min(record.config.report.pictures, len(scores))):
+        change = scores[i] - base[i]
+        trend = "" if number == 0 or not np.isfinite(change) or change == 0 else "up" if change > 0 else "down"
+        cells.append({"picture": pictures[name, i], "score": float(scores[i]), "trend": trend})
+    mean = float(_row_means(record.opinions[number][row : row + 1])[0])
+    return {"label": f"round {number}" if number else "base", "mean": mean, "cells": cells}
+
+
+def pair_cards(record: Record, rows: list[int], prompts: dict[str, str], pictures: Pictures) -> list[dict]:
+    """The chosen pairs of the last round: both pictures, mixed scores, margin, and what every expert says of them."""
+    done = record.last
+    cards = []
+    for row in rows:
+        pair = {name: column[0].as_py() for name, column in zip(done.pairs.column_names, done.pairs.slice(row, 1).columns, strict=True)}
+        group = pc.index(done.train.groups, pair["group"]).as_py()
+        sides = [
+            {"role": role, "picture": pictures[pair["group"], pair[role]], "score": pair[f"{role}_score"], "number": pair[role]}
+            for role in ("winner", "loser")
+        ]
+        experts = [_opinion(done, name, float(done.gaps[name][row]), group, pair) for name in record.experts]
+        cards.append({"prompt": prompts[pair["group"]], "margin": pair["margin"], "sides": sides, "experts": experts})
+    return cards
+
+
+def _opinion(done: Round, name: str, gap: float, group: int, pair: dict) -> dict:
+    """One expert on one pair. width: length of the gap's bar, full at three of its units."""
+    scores = done.train.scores[name][group]
+    width = 100 * min(abs(gap) / 3, 1) if np.isfinite(gap) else 0
+    return {"name": name, "rewarded": name in done.rewarded, "gap": gap, "width": round(width, 1),
+            "winner": float(scores[pair["winner"]]), "loser": float(scores[pair["loser"]])}
+
+
+# -- charts
+
+
+def colour_of(record: Record, expert: str) -> str:
+    """The same colour for an expert everywhere."""
+    return f"expert-{record.experts.index(expert) % EXPERT_COLOURS}" if expert in record.experts else "ink"
+
+
+def round_colours(record: Record) -> dict[int, str]:
+    """Colour of each shown round, 1.. from pale to strong."""
+    tones = spaced(ROUND_COLOURS - 1, len(record.shown))
+    return {r.number: f"round-{tone + 1}" for r, tone in zip(record.shown, tones, strict=True)}
+
+
+def win_rate_chart(record: Record) -> Markup:
+    names = list(record.last.numbers["experts"])
+    lines = []
+    for number, name in enumerate(names):
+        rates = [r.numbers["experts"][name]["against_base"] for r in record.rounds]
+        beside = 0.05 * (number - (len(names) - 1) / 2)  # bars of the same round must not hide each other
+        lines.append(Points(
+            colour_of(record, name), [r.number + beside for r in record.rounds],
+            *([100 * rate[part] for rate in rates] for part in ("win_rate", "low", "high")), hollow=name not in record.last.rewarded,
+        ))
+    return charts.intervals(lines, y="win rate over the base, %", level=50, about="Win rate over the base by round, of every expert")
+
+
+def mean_charts(record: Record) -> dict[str, Markup]:
+    """One chart an expert: its mean over the held-out pictures, base and rounds, with intervals over prompts."""
+    return {name: _mean_chart(record, name) for name in record.experts}
+
+
+def _mean_chart(record: Record, name: str) -> Markup:
+    grids = [record.base, *(r.held_out for r in record.rounds)]
+    coverage, seed = record.config.evaluate.interval, key(record.config.seed, "report", name)
+    found = np.array([statistics.bootstrap(grid.scores[name], seed, RESAMPLES, coverage) for grid in grids])
+    line = Points(colour_of(record, name), range(len(grids)), *found.T, hollow=name not in record.last.rewarded)
+    return charts.intervals([line], y=f"mean {name}", level=float(found[0, 0]), about=f"Mean {name} on held-out pictures by round")
+
+
+def score_charts(record: Record) -> dict[str, Markup]:
+    """One chart an expert: histograms of its scores of the training candidates, a line a round."""
+    colours = round_colours(record)
+    return {
+        name: charts.outlines([(colours[r.number], r.train.scores[name].ravel()) for r in record.shown],
+                              x=name, y="% of candidates", about=f"Histogram of {name} over training candidates by round")
+        for name in record.experts
+    }
+
+
+def margin_chart(record: Record) -> Markup:
+    colours = round_colours(record)
+    return charts.outlines([(colours[r.number], r.pairs["margin"].to_numpy()) for r in record.shown],
+                           x="margin", y="% of pairs", about="Histogram of the pairs' margins by round")
+
+
+def gain_chart(record: Record, rows: list[int]) -> Markup:
+    order = ranked_prompts(record)
+    places = [order.tolist().index(row) for row in rows]
+    return charts.gains(record.judged_gains[order], places, y=f"gain in mean {record.judge}",
+                        about="Gain of each held-out prompt from the base to the last round, greatest first")
+
+
+def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of the optimiser's curves, rounds end to end."""
+    def parts(name: str) -> list[np.ndarray]:
+        return [r.steps[name].to_numpy().astype(float) for r in record.rounds]
+
+    limit = record.config.finetune.max_grad_norm
+    return [
+        ("Loss. Dashed: ln 2, where the policy is its reference.",
+         charts.traces([("ink", parts("loss"))], y="loss", level=float(np.log(2)), about="Loss by optimiser step")),
+        ("Share of pairs ordered as the reward orders them, ties one half.",
+         charts.traces([("ink", [100 * part for part in parts("accuracy")])], y="accuracy, %", level=50.0, about="Accuracy by step")),
+        ("Signal against the reference. Winners should rise; where both fall, the loss is won by unlearning.",
+         charts.traces([("good", parts("winner")), ("bad", parts("loser"))], y="change of signal", level=0.0,
+                       about="Winner's and loser's signal by optimiser step")),
+        (f"Norm of the gradient before clipping at {limit:g} (dashed).",
+         charts.traces([("ink", parts("grad_norm"))], y="gradient norm", level=limit, about="Gradient norm by optimiser step")),
+    ]
+
+
+def agreement(done: Round) -> tuple[list[str], list[list[float]]]:
+    """Spearman's rank correlation within prompts of every two experts over a round's candidates; the mix of the rewarded last."""
+    grids = dict(done.train.scores)
+    if len(done.rewarded) > 1:
+        grids["mix"] = done.chooser.mixed
+    return list(grids), [[preferences.rank_correlation(a, b) for b in grids.values()] for a in grids.values()]
+
+
+# -- the page
+
+
+def render(**parts: object) -> str:
+    """The page as text. Everything that is not made by this package (prompts, reasons, names) is escaped."""
+    pages = Environment(loader=PackageLoader("fashiondpo_pipeline"), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)
+    pages.filters.update(figure=figure, signed=signed, percent=percent, duration=duration)
+    return pages.get_template("report.html.j2").render(parts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MIRROR_PAIRS = 10  # FashionDistill's cap
+TIE = 1e-9  # a smaller gap of normalised scores is rounding: equal mixes of unequal experts differ by it
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,13 @@ def choose(mixed: np.ndarray, rule: Rule, threshold: float | None = None) -> Pai
 
 
 def _every(mixed: np.ndarray, margin: float) -> Pairs:
-    """All pairs of a group whose gap is above 0 and at least the margin."""
+    """All pairs of a group that are no tie and at least the margin apart."""
     found = []
     for first in range(mixed.shape[1]):
         for second in range(first + 1, mixed.shape[1]):
             gap = mixed[:, first] - mixed[:, second]
             with np.errstate(invalid="ignore"):
-                rows = np.flatnonzero((np.abs(gap) >= margin) & (gap != 0))
+                rows = np.flatnonzero((np.abs(gap) >= margin) & (np.abs(gap) > TIE))
             gap = gap[rows]
             won = gap > 0
             found.append((rows, np.where(won, first, second), np.where(won, second, first), np.abs(gap)))
@@ -158,7 +159,7 @@ def _mirror(mixed: np.ndarray, margin: float) -> Pairs:
         rows = np.flatnonzero(known >= 2 * (depth + 1))
         winner, loser = order[rows, depth], order[rows, known[rows] - 1 - depth]
         gap = mixed[rows, winner] - mixed[rows, loser]
-        keep = (gap >= margin) & (gap > 0)
+        keep = (gap >= margin) & (gap > TIE)
         found.append((rows[keep], winner[keep], loser[keep], gap[keep]))
     return _pairs(found)
 
@@ -200,12 +201,11 @@ def reasons(scores: dict[str, np.ndarray], mixed: np.ndarray, pairs: Pairs, rule
     found = {}
     for row in np.flatnonzero(counts == 0).tolist():
         known = np.isfinite(mixed[row])
-        present = np.any([np.isfinite(grid[row]) for grid in scores.values()], axis=0)
         if known.sum() < 2:
-            silent = [f"{name} gave no score for {int((present & ~np.isfinite(grid[row])).sum())} of {int(present.sum())}"
-                      for name, grid in scores.items() if (present & ~np.isfinite(grid[row])).any()]
-            found[row] = "; ".join(silent) or f"{int(known.sum())} candidates: a pair needs two"
-        elif np.ptp(mixed[row][known]) == 0:
+            silent = {name: int((~np.isfinite(grid[row])).sum()) for name, grid in scores.items()}
+            said = [f"{name} gave no score for {count} of {len(known)}" for name, count in silent.items() if count]
+            found[row] = "; ".join(said) or "a pair needs two candidates"
+        elif np.ptp(mixed[row][known]) <= TIE:
             found[row] = "all scores are equal"
         elif rule.select == "median_split" and np.ptp(mixed[row][known]) >= rule.margin:
             found[row] = "all on one side of the median"

@@ -1,0 +1,293 @@
+"""Scores to pairs, against a slow implementation written out one group, one candidate and one pair at a time."""
+
+import math
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fashiondpo_pipeline import preferences
+from fashiondpo_pipeline.preferences import Pairs, Rule, Spread, choose, compare, mix, normalise, rank_correlation, reasons
+
+NAN = math.nan
+
+
+@st.composite
+def grids(draw, most_groups=5, most_candidates=6):
+    """Scores in eighths, so that ties are common and exact; about one in eight is missing."""
+    g, k = draw(st.integers(1, most_groups)), draw(st.integers(1, most_candidates))
+    cell = st.one_of(*[st.integers(-16, 16).map(lambda n: n / 8)] * 7, st.just(NAN))
+    return np.array(draw(st.lists(st.lists(cell, min_size=k, max_size=k), min_size=g, max_size=g)))
+
+
+# -- the slow implementation
+
+
+def slow_normalise(row, how, everything=None):
+    """One row of scores; `everything` are all scores there are where it is normalised over all."""
+    known = sorted(s for s in (everything if everything is not None else row) if not math.isnan(s))
+    return [NAN if math.isnan(s) else slow_one(s, known, how) for s in row]
+
+
+def slow_one(score, known, how):
+    if len(set(known)) == 1:
+        return 0.0 if how == "zscore" else 0.5
+    if how == "rank":
+        below, equal = sum(s < score for s in known), sum(s == score for s in known)
+        return (below + (equal - 1) / 2) / (len(known) - 1)
+    if how == "minmax":
+        return (score - known[0]) / (known[-1] - known[0])
+    mean = Fraction(sum(Fraction(s) for s in known), len(known))
+    variance = sum((Fraction(s) - mean) ** 2 for s in known) / len(known)
+    return float(Fraction(score) - mean) / math.sqrt(variance)
+
+
+def slow_choose(mixed, rule, threshold=None):
+    """{(group, winner, loser)} in the order in which they are kept."""
+    kept = []
+    for g, row in enumerate(mixed.tolist()):
+        known = [c for c, score in enumerate(row) if not math.isnan(score)]
+        pairs = [(w, l) for w, l in slow_candidates(row, known, rule) if row[w] - row[l] >= rule.margin and row[w] > row[l]]  # noqa: E741
+        if rule.select == "median_split":
+            pairs = [(w, l) for w, l in pairs if row[w] >= threshold > row[l]]  # noqa: E741
+        pairs.sort(key=lambda pair: row[pair[1]] - row[pair[0]])
+        kept += [(g, *pair) for pair in slow_caps(pairs, rule)]
+    return kept
+
+
+def slow_candidates(row, known, rule):
+    if rule.select in ("all", "median_split"):
+        return [(a, b) if row[a] > row[b] else (b, a) for a, b in combinations(known, 2)]
+    best_first = sorted(known, key=lambda c: -row[c])
+    mirrored = list(zip(best_first, reversed(best_first), strict=True))[: len(known) // 2]
+    return mirrored[:1] if rule.select == "best_worst" else mirrored
+
+
+def slow_caps(pairs, rule):
+    used = {}
+    if rule.per_candidate is not None:
+        kept = []
+        for pair in pairs:
+            if all(used.get(c, 0) < rule.per_candidate for c in pair):
+                kept.append(pair)
+                used |= {c: used.get(c, 0) + 1 for c in pair}
+        pairs = kept
+    most = rule.per_group or (10 if rule.select == "mirror" else None)
+    return pairs[: 1 if rule.select == "best_worst" else most]
+
+
+def listed(pairs):
+    return list(zip(pairs.group.tolist(), pairs.winner.tolist(), pairs.loser.tolist(), strict=True))
+
+
+# -- normalising
+
+
+@given(grids(), st.sampled_from(["zscore", "minmax", "rank"]))
+def test_normalising_within_groups_is_the_slow_one(scores, how):
+    assert normalise(scores, how) == pytest.approx(np.array([slow_normalise(row, how) for row in scores.tolist()]), nan_ok=True)
+
+
+@given(grids(), st.sampled_from(["zscore", "minmax", "rank"]))
+def test_normalising_over_all_is_the_slow_one(scores, how):
+    everything = scores.ravel().tolist()
+    found = normalise(scores, how, Spread.of(scores, how == "rank"))
+    assert found == pytest.approx(np.array([slow_normalise(row, how, everything) for row in scores.tolist()]), nan_ok=True)
+
+
+@given(grids(), st.sampled_from(["zscore", "minmax", "rank"]), st.integers(-4, 4), st.sampled_from([0.5, 1.0, 8.0]))
+def test_a_missing_score_stays_missing_and_no_scale_or_shift_matters(scores, how, shift, scale):
+    found = normalise(scores, how)
+    assert (np.isnan(found) == np.isnan(scores)).all()
+    assert normalise(scores * scale + shift, how) == pytest.approx(found, nan_ok=True)
+
+
+def test_z_scores_are_what_they_are_by_hand():
+    """1, 2, 3 and a missing one: mean 2, standard deviation sqrt(2/3)."""
+    found = normalise(np.array([[3.0, NAN, 1.0, 2.0]]), "zscore")
+    assert found[0] == pytest.approx([math.sqrt(1.5), NAN, -math.sqrt(1.5), 0.0], nan_ok=True)
+
+
+@pytest.mark.parametrize("how", ["zscore", "minmax", "rank"])
+@pytest.mark.parametrize("row", [[0.1, 0.1, 0.1], [0.1, NAN, NAN], [0.1 + 0.2, 0.3, 0.3]], ids=["equal", "lone", "rounding"])
+def test_a_group_without_spread_has_no_opinion_and_no_pair(how, row):
+    found = normalise(np.array([row]), how)
+    neutral = 0.0 if how == "zscore" else 0.5
+    if how != "rank":  # a rank sees the last bit, as it sees nothing else
+        assert set(found[~np.isnan(found)]) == {neutral}
+        assert len(choose(found, Rule({"a": 1.0}, margin=0.0))) == 0
+
+
+def test_nothing_at_all_is_no_scale():
+    nothing = np.full((2, 3), NAN)
+    for how in ("zscore", "minmax", "rank"):
+        assert np.isnan(normalise(nothing, how)).all()
+        assert np.isnan(normalise(nothing, how, Spread.of(nothing, True))).all()
+
+
+# -- mixing
+
+
+@given(grids(), st.floats(0.1, 5), st.floats(0.1, 5))
+def test_a_mix_is_a_weighted_mean_and_misses_what_any_expert_misses(scores, first, second):
+    other = np.where(scores > 1, NAN, -scores)
+    found = mix({"a": scores, "b": other}, {"a": first, "b": second})
+    wanted = [[(first * x + second * y) / (first + second) for x, y in zip(*rows, strict=True)]
+              for rows in zip(scores.tolist(), other.tolist(), strict=True)]
+    assert found == pytest.approx(np.array(wanted), nan_ok=True)
+
+
+def test_an_expert_without_weight_is_not_even_missed():
+    assert mix({"a": np.array([[1.0, 2.0]])}, {"a": 2.0, "watched": 0.0}).tolist() == [[1.0, 2.0]]
+
+
+# -- choosing
+
+
+RULES = st.builds(
+    Rule, weights=st.just({"a": 1.0}), select=st.sampled_from(["all", "best_worst", "mirror", "median_split"]),
+    margin=st.sampled_from([0.0, 0.125, 0.5, 2.0]), per_group=st.sampled_from([None, 1, 2, 5]),
+    per_candidate=st.sampled_from([None, 1, 2]),
+)
+
+
+@given(grids(), RULES)
+def test_pairs_are_those_of_the_slow_one_in_its_order(mixed, rule):
+    threshold = float(np.nanmedian(mixed)) if np.isfinite(mixed).any() else 0.0
+    pairs = choose(mixed, rule, threshold)
+    assert listed(pairs) == slow_choose(mixed, rule, threshold)
+    assert pairs.margin.tolist() == [mixed[g, w] - mixed[g, l] for g, w, l in listed(pairs)]  # noqa: E741
+
+
+@given(grids(), RULES)
+def test_no_pair_is_a_tie_or_within_the_margin_and_none_comes_twice(mixed, rule):
+    found = listed(choose(mixed, rule, 0.0))
+    for g, w, l in found:  # noqa: E741
+        assert mixed[g, w] > mixed[g, l] and mixed[g, w] - mixed[g, l] >= rule.margin
+    assert len({(g, frozenset((w, l))) for g, w, l in found}) == len(found)  # noqa: E741
+
+
+@given(grids(), RULES)
+def test_caps_hold(mixed, rule):
+    found = listed(choose(mixed, rule, 0.0))
+    for g in range(len(mixed)):
+        own = [pair for pair in found if pair[0] == g]
+        assert rule.per_group is None or len(own) <= max(rule.per_group, 1)
+        for c in range(mixed.shape[1]):
+            assert rule.per_candidate is None or sum(c in pair[1:] for pair in own) <= rule.per_candidate
+
+
+def test_all_is_every_pair_beyond_the_margin():
+    """3, 1, 0.75, missing: gaps 2, 2.25 and 0.25, of which the last is within 0.5; widest first."""
+    pairs = choose(np.array([[1.0, 3.0, NAN, 0.75]]), Rule({"a": 1.0}, margin=0.5))
+    assert listed(pairs) == [(0, 1, 3), (0, 1, 0)]
+    assert pairs.margin.tolist() == [2.25, 2.0]
+
+
+def test_mirror_goes_inwards_and_stops_at_ten():
+    """FashionDistill: best against worst, second best against second worst, ten at most."""
+    mixed = np.arange(30.0)[None]
+    found = listed(choose(mixed, Rule({"a": 1.0}, select="mirror", margin=0.0)))
+    assert found == [(0, 29 - i, i) for i in range(10)]
+    assert len(choose(mixed, Rule({"a": 1.0}, select="mirror", margin=0.0, per_group=15))) == 15
+
+
+def test_median_split_sets_above_against_below_the_median_of_everything():
+    """FashionDPO: the median over both groups is 2.5; the second lies wholly above it and gives nothing."""
+    mixed = np.array([[0.0, 1.0, 2.0, 9.0], [3.0, 4.0, 5.0, NAN]])
+    rule = Rule({"a": 1.0}, select="median_split", margin=0.0)
+    assert set(listed(choose(mixed, rule, 3.0))) == {(0, 3, 0), (0, 3, 1), (0, 3, 2)}
+    assert set(listed(choose(mixed[:1], rule, 1.5))) == {(0, 2, 0), (0, 2, 1), (0, 3, 0), (0, 3, 1)}
+
+
+@given(st.lists(st.floats(-3, 3), min_size=3, max_size=6), st.sampled_from(["all", "best_worst", "mirror"]))
+def test_a_tie_by_symmetry_is_a_tie_whatever_rounding_says(scores, select):
+    """Two experts of equal weight swap their opinions of two candidates: neither is better, though their mixes may differ
+    in the last bit."""
+    first, second = np.array([scores]), np.array([[scores[1], scores[0], *scores[2:]]])
+    mixed = mix({"a": normalise(first, "zscore"), "b": normalise(second, "zscore")}, {"a": 0.5, "b": 0.5})
+    found = listed(choose(mixed, Rule({"a": 0.5, "b": 0.5}, select=select, margin=0.0)))
+    assert not {(0, 0, 1), (0, 1, 0)} & set(found)
+
+
+# -- why there is no pair
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rule", "reason"),
+    [
+        ([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], Rule({}), "all scores are equal"),
+        ([1.0, NAN, NAN], [1.0, 2.0, 3.0], Rule({}), "a gave no score for 2 of 3"),
+        ([NAN, NAN, NAN], [NAN, 2.0, 3.0], Rule({}), "a gave no score for 3 of 3; b gave no score for 1 of 3"),
+        ([0.0, 0.1, 0.2], [0.0, 0.1, 0.2], Rule({}, margin=0.5), "widest gap 0.2 is within the margin 0.5"),
+        ([5.0, 6.0, 7.0], [5.0, 6.0, 7.0], Rule({}, select="median_split"), "all on one side of the median"),
+        ([5.0, 5.1, 5.2], [5.0, 5.1, 5.2], Rule({}, select="median_split"), "widest gap 0.2 is within the margin 0.5"),
+    ],
+)
+def test_a_group_without_a_pair_says_why(first, second, rule, reason):
+    scores = {"a": np.array([first]), "b": np.array([second])}
+    mixed = mix(scores, {"a": 1.0, "b": 1.0})
+    assert reasons(scores, mixed, choose(mixed, rule, 0.0), rule) == {0: reason}
+
+
+@given(grids(), RULES)
+def test_every_group_has_a_pair_or_a_reason_and_none_has_both(mixed, rule):
+    pairs = choose(mixed, rule, 0.0)
+    found = reasons({"a": mixed}, mixed, pairs, rule)
+    assert set(found) ^ set(pairs.group.tolist()) == set(range(len(mixed)))
+    assert all(found.values())
+
+
+# -- comparing two rules
+
+
+@given(grids(), RULES, grids(), RULES)
+def test_comparing_is_counting_one_by_one(before, first, after, second):
+    g, k = min(before.shape[0], after.shape[0]), min(before.shape[1], after.shape[1])
+    old, new = choose(before[:g, :k], first, 0.0), choose(after[:g, :k], second, 0.0)
+    was, now = set(listed(old)), set(listed(new))
+    flipped = {(g, l, w) for g, w, l in now} & was  # noqa: E741
+    assert compare(old, new, k) == {
+        "kept": len(was & now), "flipped": len(flipped), "lost": len(was - now) - len(flipped),
+        "new": len(now - was) - len(flipped),
+    }
+
+
+def test_comparing_with_swapped_labels_flips_every_pair():
+    pairs = choose(np.arange(6.0).reshape(2, 3), Rule({"a": 1.0}, margin=0.0))
+    swapped = Pairs(pairs.group, pairs.loser, pairs.winner, -pairs.margin)
+    assert compare(pairs, swapped, 3) == {"kept": 0, "flipped": 6, "lost": 0, "new": 0}
+
+
+@given(grids(), grids())
+def test_rank_correlation_is_the_slow_one(before, after):
+    g, k = min(before.shape[0], after.shape[0]), min(before.shape[1], after.shape[1])
+    before, after = before[:g, :k], after[:g, :k]
+    products, first, second = 0.0, 0.0, 0.0
+    for old, new in zip(before.tolist(), after.tolist(), strict=True):
+        both = [c for c in range(k) if not math.isnan(old[c] + new[c])]
+        ranks = [[0.0 if len(both) < 2 else slow_one(row[c], sorted(row[i] for i in both), "rank") - 0.5 for c in both]
+                 for row in (old, new)]
+        products += sum(x * y for x, y in zip(*ranks, strict=True))
+        first, second = first + sum(x * x for x in ranks[0]), second + sum(y * y for y in ranks[1])
+    wanted = products / math.sqrt(first * second) if first * second > 0 else NAN
+    assert rank_correlation(before, after) == pytest.approx(wanted, abs=1e-9, nan_ok=True)
+
+
+def test_rank_correlation_of_one_order_is_one_and_of_the_other_minus_one():
+    scores = np.array([[1.0, 2.0, 5.0], [3.0, 1.0, 2.0]])
+    assert rank_correlation(scores, scores**3) == pytest.approx(1.0)
+    assert rank_correlation(scores, -scores) == pytest.approx(-1.0)
+    assert math.isnan(rank_correlation(scores, np.ones((2, 3))))
+
+
+def test_of_one_group_rank_correlation_is_spearmans():
+    """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * (1 + 1 + 1 + 1 + 0) / (5 * 24) = 0.8."""
+    assert rank_correlation(np.array([[1.0, 2, 3, 4, 5]]), np.array([[20.0, 10, 40, 30, 50]])) == pytest.approx(0.8)
+
+
+def test_the_cap_of_mirror_is_named_once():
+    assert preferences.MIRROR_PAIRS == 10

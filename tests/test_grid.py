@@ -1,0 +1,102 @@
+"""Score tables as a grid, whatever the order of their rows, and pairs that do not depend on how the grid is cut."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fashiondpo_pipeline import grid as grids
+from fashiondpo_pipeline import preferences
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.grid import Chooser, Grid
+from fashiondpo_pipeline.preferences import Rule
+
+NAN = float("nan")
+
+
+def table(rows):
+    """(group, candidate, score) rows as the score stage writes them."""
+    names, candidates, scores = zip(*rows, strict=True)
+    return pa.table({"group": pa.array(names, pa.string()), "candidate": pa.array(candidates, pa.int16()),
+                     "score": pa.array(scores, pa.float64())})
+
+
+def grid_of(rows, **experts):
+    return Grid.of(table([(g, c, 0.0) for g, c in rows]), {name: table(scores) for name, scores in experts.items()})
+
+
+def test_rows_land_in_their_cells_and_groups_come_sorted():
+    found = grid_of([("b", 0), ("a", 1), ("a", 0)], e=[("a", 1, 2.0), ("b", 0, 3.0), ("a", 0, 1.0)])
+    assert found.groups.to_pylist() == ["a", "b"]
+    assert found.k == 2
+    assert found.scores["e"] == pytest.approx(np.array([[1.0, 2.0], [3.0, NAN]]), nan_ok=True)
+
+
+@given(st.permutations([(g, c, 10.0 * ord(g) + c) for g in "abc" for c in range(4)]), st.permutations(range(12)))
+def test_the_order_of_rows_does_not_matter(rows, order):
+    straight = grid_of([(g, c) for g, c, _ in rows], e=sorted(rows))
+    shuffled = grid_of([(rows[i][0], rows[i][1]) for i in order], e=[rows[i] for i in order])
+    assert shuffled.groups.equals(straight.groups)
+    assert (shuffled.scores["e"] == straight.scores["e"]).all()
+    assert straight.scores["e"].tolist() == [[10.0 * ord(g) + c for c in range(4)] for g in "abc"]
+
+
+def test_a_score_of_nothing_that_was_drawn_is_refused():
+    with pytest.raises(UserError) as problem:
+        grid_of([("a", 0), ("a", 1)], e=[("a", 0, 1.0), ("z", 1, 2.0), ("y", 0, 2.0)])
+    assert str(problem.value) == "scores of 'e': 2 rows belong to no candidate; `fdpo status --verify` finds the file"
+
+
+def random_grid(g=11, k=5, seed=0):
+    rng = np.random.default_rng(seed)
+    scores = {name: np.where(rng.random((g, k)) < 0.1, NAN, rng.normal(size=(g, k))) for name in ("a", "b", "watched")}
+    return Grid(pa.array([f"g{i:02d}" for i in range(g)]), scores)
+
+
+WEIGHTS = {"a": 0.6, "b": 0.4, "watched": 0.0}
+every_rule = pytest.mark.parametrize("rule", [
+    Rule(WEIGHTS, normalise=normalise, over=over, select=select, margin=0.1)
+    for normalise in ("zscore", "minmax", "rank") for over in ("group", "all") for select in ("all", "mirror", "median_split")
+], ids=str)
+
+
+@every_rule
+def test_how_many_groups_are_taken_at_a_time_changes_no_pair(rule, monkeypatch):
+    whole = Chooser(random_grid(), rule).pairs()
+    monkeypatch.setattr(grids, "GROUPS_A_PART", 3)
+    chooser = Chooser(random_grid(), rule)
+    assert [rows for rows, _ in chooser.parts] == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
+    assert all(pairs.group.max(initial=0) < 3 for _, pairs in chooser.parts)
+    pieces = chooser.pairs()
+    assert all((getattr(pieces, name) == getattr(whole, name)).all() for name in ("group", "winner", "loser", "margin"))
+    assert len(whole) > 5
+
+
+@every_rule
+def test_a_chooser_normalises_mixes_and_chooses_in_that_order(rule):
+    grid = random_grid()
+    chooser = Chooser(grid, rule)
+    spread = {name: preferences.Spread.of(grid.scores[name], True) if rule.over == "all" else None for name in "ab"}
+    normal = {name: preferences.normalise(grid.scores[name], rule.normalise, spread[name]) for name in "ab"}
+    mixed = 0.6 * normal["a"] + 0.4 * normal["b"]
+    assert chooser.normal.keys() == {"a", "b"}  # the watched expert has no say
+    assert chooser.mixed == pytest.approx(mixed, nan_ok=True)
+    wanted = preferences.choose(chooser.mixed, rule, float(np.nanmedian(chooser.mixed)))
+    assert (chooser.pairs().winner == wanted.winner).all() and (chooser.pairs().loser == wanted.loser).all()
+
+
+def test_over_all_lets_hard_prompts_eat_the_pairs_and_within_groups_does_not():
+    """One prompt's scores are all low, another's all high: over all, their own differences nearly vanish."""
+    scores = np.array([[0.0, 0.1, 0.2], [10.0, 10.1, 10.2]])
+    grid = Grid(pa.array(["hard", "easy"]), {"a": scores})
+    assert len(Chooser(grid, Rule({"a": 1.0}, over="group", margin=0.5)).pairs()) == 6
+    assert len(Chooser(grid, Rule({"a": 1.0}, over="all", margin=0.5)).pairs()) == 0
+
+
+def test_a_grid_without_any_score_gives_reasons_and_no_pair():
+    grid = Grid(pa.array(["x", "y"]), {"a": np.full((2, 3), NAN)})
+    chooser = Chooser(grid, Rule({"a": 1.0}, select="median_split"))
+    ((rows, pairs),) = chooser.parts
+    assert len(pairs) == 0
+    assert chooser.reasons(rows, pairs) == {0: "a gave no score for 3 of 3", 1: "a gave no score for 3 of 3"}

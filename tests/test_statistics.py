@@ -1,0 +1,131 @@
+"""The figures a result is judged by: win rates with ties one half, intervals that cover, diversity, pixel meters."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fashiondpo_pipeline.statistics import bootstrap, diversity, meters, wins
+
+NAN = math.nan
+
+
+# -- wins
+
+
+def test_a_tie_is_half_a_win_and_a_missing_score_is_none():
+    after, before = np.array([[2.0, 1.0, 1.0, NAN, 3.0]]), np.array([[1.0, 1.0, 2.0, 1.0, NAN]])
+    assert wins(after, before) == pytest.approx(np.array([[1.0, 0.5, 0.0, NAN, NAN]]), nan_ok=True)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=20))
+def test_what_one_wins_the_other_loses(scores):
+    after, before = np.array(scores, float).T
+    assert (wins(after, before) + wins(before, after) == 1).all()
+
+
+# -- intervals
+
+
+def prompts(rng, groups=40, k=4, likeness=0.35):
+    """Win shares whose true mean is 1/2; pictures of one prompt share a chance of their own, as those of a real one do."""
+    chance = np.clip(0.5 + likeness * rng.choice([-1, 1], (groups, 1)), 0, 1)
+    return (rng.random((groups, k)) < chance).astype(float)
+
+
+def coverage(values_of):
+    """How often of 300 simulated evaluations the 95 % interval holds the true mean."""
+    hits = 0
+    for seed in range(300):
+        _, low, high = bootstrap(values_of(np.random.default_rng(seed)), seed, 400, 0.95)
+        hits += low <= 0.5 <= high
+    return hits / 300
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    assert 0.91 <= coverage(prompts) <= 0.98
+
+
+def test_intervals_over_single_pictures_would_cover_too_seldom():
+    """Why whole prompts are drawn: the same values taken as independent pictures are far from 95 %."""
+    assert coverage(lambda rng: prompts(rng).reshape(-1, 1)) < 0.88
+
+
+def test_the_middle_is_the_plain_mean_of_what_is_known():
+    mean, low, high = bootstrap(np.array([[1.0, NAN], [0.0, 1.0], [NAN, NAN]]), 0, 200, 0.95)
+    assert mean == pytest.approx(2 / 3)
+    assert 0 <= low <= mean <= high <= 1
+
+
+def test_equal_values_have_no_interval_and_nothing_at_all_has_no_mean():
+    assert bootstrap(np.ones((5, 3)), 0, 200, 0.9) == (1.0, 1.0, 1.0)
+    assert all(math.isnan(value) for value in bootstrap(np.full((5, 3), NAN), 0, 200, 0.9))
+
+
+def test_an_interval_repeats_with_its_seed_and_widens_with_its_coverage():
+    values = prompts(np.random.default_rng(0))
+    assert bootstrap(values, 3, 500, 0.95) == bootstrap(values, 3, 500, 0.95)
+    _, low, high = bootstrap(values, 3, 500, 0.95)
+    _, wider_low, wider_high = bootstrap(values, 3, 500, 0.99)
+    assert wider_low <= low and high <= wider_high
+
+
+def test_prompts_with_more_pictures_count_for_more():
+    """The mean is over pictures: 3 of 4 won, though it is one prompt of two."""
+    assert bootstrap(np.array([[1.0, 1.0, 1.0], [0.0, NAN, NAN]]), 0, 200, 0.95)[0] == 0.75
+
+
+# -- diversity
+
+
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 99))
+def test_diversity_is_the_mean_distance_of_every_pair(groups, k, seed):
+    vectors = np.random.default_rng(seed).normal(size=(groups, k, 3))
+    vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+    apart = [1 - group[i] @ group[j] for group in vectors for i in range(k) for j in range(i)]
+    assert diversity(vectors) == pytest.approx(np.mean(apart), abs=1e-12)
+
+
+def test_diversity_of_copies_is_zero_and_of_strangers_one():
+    assert diversity(np.tile([1.0, 0.0], (2, 3, 1))) == pytest.approx(0)
+    assert diversity(np.eye(3)[None]) == pytest.approx(1)
+
+
+def test_diversity_needs_two_pictures():
+    assert math.isnan(diversity(np.ones((3, 1, 2)))) and math.isnan(diversity(np.empty((0, 4, 2))))
+
+
+# -- meters
+
+
+def flat(*colour):
+    return np.full((4, 4, 3), colour, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "wanted"),
+    [
+        (flat(255, 255, 255), (1.0, 0.0, 0.0, 0.0)),
+        (flat(0, 0, 0), (0.0, 0.0, 0.0, 0.0)),
+        (flat(255, 0, 0), (0.2126, 0.0, 1.0, 0.0)),
+        (flat(0, 255, 0), (0.7152, 0.0, 1.0, 0.0)),
+        (flat(200, 100, 100), ((0.2126 * 200 + 0.7874 * 100) / 255, 0.0, 0.5, 0.0)),
+    ],
+    ids=["white", "black", "red", "green", "pink"],
+)
+def test_meters_of_flat_pictures_are_what_they_are_by_hand(pixels, wanted):
+    assert meters(pixels) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_chessboard_is_half_bright_and_as_contrasty_and_sharp_as_can_be():
+    board = (np.indices((4, 4)).sum(0) % 2 * 255).astype(np.uint8)
+    assert meters(np.repeat(board[..., None], 3, 2)) == pytest.approx((0.5, 0.5, 0.0, 1.0), abs=1e-5)
+
+
+def test_one_edge_is_as_sharp_as_its_share_of_neighbours():
+    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:, 2:] = 255
+    assert meters(pixels) == pytest.approx((0.5, 0.5, 0.0, 1 / 6), abs=1e-5)

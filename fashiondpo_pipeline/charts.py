@@ -22,9 +22,10 @@ _NAMES = ("ink", "muted", "line", "card", "good", "bad",
 # matplotlib knows no CSS variables: a colour is drawn as a placeholder, and replaced in the text of the SVG.
 _PLACEHOLDERS = {name: f"#fa00{number:02x}" for number, name in enumerate(_NAMES)}
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10.5, "figure.facecolor": "none", "axes.facecolor": "none",
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10, "figure.facecolor": "none", "axes.facecolor": "none",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _PLACEHOLDERS["line"], "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": _PLACEHOLDERS["line"], "grid.linewidth": 0.6, "axes.labelcolor": _PLACEHOLDERS["muted"],
+    "axes.axisbelow": True, "grid.color": _PLACEHOLDERS["line"], "grid.linewidth": 0.6,
+    "axes.labelcolor": _PLACEHOLDERS["muted"],
     "xtick.color": _PLACEHOLDERS["line"], "ytick.color": _PLACEHOLDERS["line"], "xtick.labelcolor": _PLACEHOLDERS["muted"],
     "ytick.labelcolor": _PLACEHOLDERS["muted"], "xtick.major.size": 0, "ytick.major.size": 0, "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-4, 5), "path.simplify": True,
@@ -95,9 +96,10 @@ def traces(lines: Sequence[tuple[str, list[np.ndarray]]], *, y: str, about: str,
                 axes.plot(x, values, color=_PLACEHOLDERS[colour], linewidth=0.8, alpha=0.35)
                 axes.plot(x, _smooth(values), color=_PLACEHOLDERS[colour], linewidth=1.7, marker="." if len(x) == 1 else "")
         for number, (start, end) in enumerate(itertools.pairwise(starts), 1):
-            axes.text((start + end - 1) / 2, 1.02, f"round {number}" if len(starts) < 7 else str(number), ha="center", va="bottom",
-                      transform=axes.get_xaxis_transform(), color=_PLACEHOLDERS["muted"], fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+            label = f"round {number}" if len(starts) < 6 else str(number)
+            axes.text((start + end - 1) / 2, 1.02, label, ha="center", va="bottom", fontsize=9,
+                      transform=axes.get_xaxis_transform(), color=_PLACEHOLDERS["muted"])
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axes.grid(False, axis="x")
 
     return _svg(draw, "optimiser step", y, about)
@@ -135,9 +137,9 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _svg(draw: Callable[[Axes], None], x: str, y: str, about: str) -> Markup:
-    """An <svg> element of about 300 x 190 units that scales with its column; its text takes the page's font."""
+    """An <svg> element of 250 x 180 units that scales with its column; its text takes the page's font."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.2, 2.65), layout="constrained")
+        figure = Figure(figsize=(3.5, 2.5), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.set(xlabel=x, ylabel=y)

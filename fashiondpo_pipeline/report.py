@@ -20,6 +20,7 @@ from fashiondpo_pipeline import charts, preferences, statistics
 from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Points
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.config import Config
+from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.grid import Chooser, Grid
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.seeds import key
@@ -98,7 +99,7 @@ class Record:
 
     @property
     def shown(self) -> list[Round]:
-        """Rounds that pictures and overlaid curves show: all, or as many as there are colours, the first and last among them."""
+        """Rounds that pictures and overlaid curves show: all, or as many as there are colours, the first and last too."""
         return [self.rounds[i] for i in spaced(len(self.rounds), ROUND_COLOURS - 1)]
 
     @cached_property
@@ -110,6 +111,11 @@ class Record:
         return _mixed(grids, self.last.rewarded)
 
     @cached_property
+    def decimals(self) -> dict[str, int]:
+        """How many decimals each expert's scores are shown with, and the judge's."""
+        return {name: decimals_for(scores) for name, scores in {**self.base.scores, self.judge: self.opinions[0]}.items()}
+
+    @cached_property
     def judged_gains(self) -> np.ndarray:
         """How much the judge's mean rose from the base to the last round, of each held-out prompt; (g,), NaN where unknown."""
         return _row_means(self.opinions[-1] - self.opinions[0])
@@ -118,7 +124,8 @@ class Record:
 def _mixed(grids: list[dict[str, np.ndarray]], weights: dict[str, float]) -> list[np.ndarray]:
     """The rewarded experts' mix of several draws, in standard deviations over all of them."""
     spread = {name: preferences.Spread.of(np.concatenate([grid[name] for grid in grids]), False) for name in weights}
-    return [preferences.mix({n: preferences.normalise(grid[n], "zscore", spread[n]) for n in weights}, weights) for grid in grids]
+    scaled = [{name: preferences.normalise(grid[name], "zscore", spread[name]) for name in weights} for grid in grids]
+    return [preferences.mix(normal, weights) for normal in scaled]
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:
@@ -153,8 +160,25 @@ def figure(value: float | None, digits: int = 4) -> str:
     return NO_VALUE if value is None or value != value else f"{value:#.{digits}g}".rstrip(".").replace("-", MINUS)
 
 
-def signed(value: float | None, digits: int = 4) -> str:
-    return f"+{figure(value, digits)}" if value is not None and value > 0 else figure(value, digits)
+def fixed(value: float | None, decimals: int) -> str:
+    """A number with so many decimals, a dash where there is none."""
+    return NO_VALUE if value is None or value != value else f"{value:.{decimals}f}".replace("-", MINUS)
+
+
+def signed(value: float | None, decimals: int = 2) -> str:
+    """The same with its sign."""
+    return f"+{fixed(value, decimals)}" if value is not None and value > 0 else fixed(value, decimals)
+
+
+def decimals_for(values: np.ndarray) -> int:
+    """How many decimals tell values apart: two digits of their standard deviation.
+
+    >>> decimals_for(np.array([0.27, 0.31])), decimals_for(np.array([-3.0, 250.0])), decimals_for(np.array([5.0]))
+    (3, 0, 3)
+    """
+    known = values[np.isfinite(values)]
+    spread = float(known.std()) if len(known) else 0.0
+    return int(np.clip(1 - np.floor(np.log10(spread)), 0, 6)) if spread > 0 else 3
 
 
 def percent(rate: dict) -> str:
@@ -177,6 +201,11 @@ def duration(seconds: float) -> str:
 def _listed(names: Sequence[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def _capital(text: str) -> str:
+    """A sentence's start; the rest as it is, for names may be in capitals."""
+    return text[:1].upper() + text[1:]
 
 
 def _count(number: int, word: str) -> str:
@@ -217,7 +246,7 @@ def what_was_rewarded(record: Record) -> str:
     """Which experts the pairs were made from, and which only looked on."""
     rewarded = record.last.rewarded
     total = sum(rewarded.values())
-    weights = _listed([f"{name} ({100 * weight / total:.0f} %)" for name, weight in rewarded.items()])
+    weights = _listed([f"{name} ({100 * weight / total:.0f}{UNBROKEN}%)" for name, weight in rewarded.items()])
     watched = [name for name in record.experts if name not in rewarded]
     return f"Rewarded: {weights}. " + (f"Only watched: {_listed(watched)}." if watched else "No expert was only watched.")
 
@@ -233,15 +262,15 @@ def warnings(record: Record) -> list[str]:
 
 
 def _control(record: Record) -> list[str]:
-    odd = {r.rule.labels for r in record.rounds} - {"scored"}
-    return [f"This is a control experiment: the pairs' labels are {label}, so no gain is to be expected." for label in sorted(odd)]
+    odd = sorted({r.rule.labels for r in record.rounds} - {"scored"})
+    return [f"This is a control experiment: the pairs' labels are {label}, so no gain is to be expected." for label in odd]
 
 
 def _judge_is_rewarded(record: Record) -> list[str]:
     if not record.last.numbers["judge_rewarded"]:
         return []
-    return [f"{judge_in_words(record).capitalize()} is itself what was rewarded: a high win rate shows that the reward went up, not "
-            "that pictures got better. Set evaluate.judge to an expert without a weight in pair.weights."]
+    return [f"{_capital(judge_in_words(record))} is itself what was rewarded: a high win rate shows that the reward went up, "
+            "not that pictures got better. Set evaluate.judge to an expert without a weight in pair.weights."]
 
 
 def _reward_without_gain(record: Record) -> list[str]:
@@ -252,27 +281,28 @@ def _reward_without_gain(record: Record) -> list[str]:
     finds = "prefers the base" if rate["high"] < 0.5 else "cannot tell it from the base"
     rose = [name for name in record.last.rewarded if numbers["experts"][name]["against_base"]["low"] > 0.5]
     if not rose or numbers["judge_rewarded"]:
-        return [f"{judge.capitalize()} {finds}: {percent(rate)}."]
+        return [f"{_capital(judge)} {finds}: {percent(rate)}."]
     return [f"{_listed(rose)}, which was rewarded, rose; {judge}, which only watched, {finds} ({percent(rate)}). "
             "The model may be pleasing its reward alone: look at the pictures before and after."]
 
 
 def _step_back(record: Record) -> list[str]:
-    return [f"Round {r.number} lost to round {r.number - 1}: {percent(r.numbers['against_previous'])}. Round {r.number - 1} may be the "
-            "one to keep." for r in record.rounds[1:] if r.numbers["against_previous"]["high"] < 0.5]
+    rates = {r.number: r.numbers["against_previous"] for r in record.rounds[1:]}
+    return [f"Round {number} lost to round {number - 1}: {percent(rate)}. Round {number - 1} may be the one to keep."
+            for number, rate in rates.items() if rate["high"] < 0.5]
 
 
 def _narrower(record: Record) -> list[str]:
     ratio = diversity_ratio(record.last)
     if ratio is None or ratio >= DIVERSITY_FLOOR:
         return []
-    return [f"Diversity within a prompt fell to {ratio:.2f} of the base's (below {DIVERSITY_FLOOR:g}): pictures of one prompt have become "
-            "alike. Fewer epochs, a higher finetune.beta or a lower learning rate hold it."]
+    return [f"Diversity within a prompt fell to {ratio:.2f} of the base's (below {DIVERSITY_FLOOR:g}): pictures of one prompt "
+            "have become alike. Fewer epochs, a higher finetune.beta or a lower finetune.learning_rate hold it."]
 
 
 def _drift(record: Record) -> list[str]:
     meters = record.last.numbers["meters"]
-    far = [f"{name} by {signed(shift, 2)} ({figure(meters[name]['base'], 3)} to {figure(meters[name]['after'], 3)})"
+    far = [f"{name} by {signed(shift)} ({figure(meters[name]['base'], 3)} to {figure(meters[name]['after'], 3)})"
            for name, shift in drift(record).items() if shift is not None and abs(shift) > DRIFT]
     if not far:
         return []
@@ -290,9 +320,11 @@ def drift(record: Record) -> dict[str, float | None]:
 
 
 def _pairs_against_watched(record: Record) -> list[str]:
-    watched = {name: share for name, share in sides_with_pairs(record.last).items() if name not in record.last.rewarded}
-    return [f"{name}, which only watched, would have ordered most of round {record.last.number}'s pairs the other way round (it sides with "
-            f"{100 * share:.0f} %): what is rewarded is not what it likes." for name, share in watched.items() if share < 0.5]
+    last = record.last
+    watched = {name: share for name, share in sides_with_pairs(last).items() if name not in last.rewarded}
+    return [f"{name}, which only watched, would have ordered most of round {last.number}'s pairs the other way round "
+            f"(it sides with {100 * share:.0f} %): what is rewarded is not what it likes."
+            for name, share in watched.items() if share < 0.5]
 
 
 def sides_with_pairs(done: Round) -> dict[str, float]:
@@ -309,8 +341,8 @@ def _pushed_down(record: Record) -> list[str]:
     falling = [f"{100 * share:.0f} % of round {number}'s optimiser steps" for number, share in shares.items() if share > 0.5]
     if not falling:
         return []
-    return [f"In {_listed(falling)} even the winners became less likely than under the reference: the loss fell because losers fell "
-            "further. Raise finetune.beta or lower finetune.learning_rate."]
+    return [f"In {_listed(falling)} even the winners were less likely than under the reference: the loss falls because losers "
+            "fall further. Raise finetune.beta or lower finetune.learning_rate."]
 
 
 def _silence(record: Record) -> list[str]:
@@ -323,7 +355,7 @@ def _groups_without(record: Record) -> list[str]:
     for r in record.rounds:
         without, groups = r.pair_numbers["rejected"], r.pair_numbers["groups"]
         if without > groups / 2:
-            found.append(f"Round {r.number}: {without:,} of {groups:,} prompts gave no pair, so little was learnt from; lower pair.margin.")
+            found.append(f"Round {r.number}: {without:,} of {groups:,} prompts gave no pair; lower pair.margin.")
     return found
 
 
@@ -375,9 +407,15 @@ class Thumbnail:
     pixelated: bool
 
 
-def thumbnail(data: bytes, where: str) -> Thumbnail:
-    """A small picture stays as it is, to be shown in its own pixels; a large one becomes a JPEG of at most 256 pixels a side."""
-    picture = decode_picture(data, where)
+def thumbnail(data: bytes, where: str) -> Thumbnail | None:
+    """A small picture stays as it is, to be shown in its own pixels; others become JPEGs of at most 256 pixels a side.
+
+    None where it cannot be read: the page says so in its place, as the experts' reasons do.
+    """
+    try:
+        picture = decode_picture(data, where)
+    except UserError:
+        return None
     if max(picture.size) <= PIXELS:
         return _embed(picture, "png", pixelated=True)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -391,7 +429,7 @@ def _embed(picture: Image.Image, kind: str, pixelated: bool) -> Thumbnail:
     return Thumbnail(f"data:image/{kind};base64,{text}", *picture.size, pixelated)
 
 
-Pictures = dict[tuple[str, int], Thumbnail]
+Pictures = dict[tuple[str, int], Thumbnail | None]
 
 
 def before_and_after(record: Record, rows: list[int], prompts: dict[str, str], pictures: dict[int, Pictures]) -> list[dict]:
@@ -400,7 +438,7 @@ def before_and_after(record: Record, rows: list[int], prompts: dict[str, str], p
     names = record.base.groups.to_pylist()
     return [
         {"prompt": prompts[names[row]], "place": order.index(row) + 1, "gain": float(record.judged_gains[row]),
-         "draws": [_draw(record, number, row, names[row], pictures[number]) for number in (0, *(r.number for r in record.shown))]}
+         "draws": [_draw(record, number, row, names[row], found) for number, found in pictures.items()]}
         for row in rows
     ]
 
@@ -422,7 +460,7 @@ def pair_cards(record: Record, rows: list[int], prompts: dict[str, str], picture
     done = record.last
     cards = []
     for row in rows:
-        pair = {name: column[0].as_py() for name, column in zip(done.pairs.column_names, done.pairs.slice(row, 1).columns, strict=True)}
+        pair = done.pairs.slice(row, 1).to_pylist()[0]
         group = pc.index(done.train.groups, pair["group"]).as_py()
         sides = [
             {"role": role, "picture": pictures[pair["group"], pair[role]], "score": pair[f"{role}_score"], "number": pair[role]}
@@ -461,11 +499,10 @@ def win_rate_chart(record: Record) -> Markup:
     for number, name in enumerate(names):
         rates = [r.numbers["experts"][name]["against_base"] for r in record.rounds]
         beside = 0.05 * (number - (len(names) - 1) / 2)  # bars of the same round must not hide each other
-        lines.append(Points(
-            colour_of(record, name), [r.number + beside for r in record.rounds],
-            *([100 * rate[part] for rate in rates] for part in ("win_rate", "low", "high")), hollow=name not in record.last.rewarded,
-        ))
-    return charts.intervals(lines, y="win rate over the base, %", level=50, about="Win rate over the base by round, of every expert")
+        places = [r.number + beside for r in record.rounds]
+        heights = [[100 * rate[part] for rate in rates] for part in ("win_rate", "low", "high")]
+        lines.append(Points(colour_of(record, name), places, *heights, hollow=name not in record.last.rewarded))
+    return charts.intervals(lines, y="win rate over the base, %", level=50, about="Win rate over the base by round")
 
 
 def mean_charts(record: Record) -> dict[str, Markup]:
@@ -478,7 +515,8 @@ def _mean_chart(record: Record, name: str) -> Markup:
     coverage, seed = record.config.evaluate.interval, key(record.config.seed, "report", name)
     found = np.array([statistics.bootstrap(grid.scores[name], seed, RESAMPLES, coverage) for grid in grids])
     line = Points(colour_of(record, name), range(len(grids)), *found.T, hollow=name not in record.last.rewarded)
-    return charts.intervals([line], y=f"mean {name}", level=float(found[0, 0]), about=f"Mean {name} on held-out pictures by round")
+    about = f"Mean {name} on held-out pictures by round"
+    return charts.intervals([line], y=f"mean {name}", level=float(found[0, 0]), about=about)
 
 
 def score_charts(record: Record) -> dict[str, Markup]:
@@ -506,6 +544,7 @@ def gain_chart(record: Record, rows: list[int]) -> Markup:
 
 def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
     """(caption, chart) of the optimiser's curves, rounds end to end."""
+
     def parts(name: str) -> list[np.ndarray]:
         return [r.steps[name].to_numpy().astype(float) for r in record.rounds]
 
@@ -514,7 +553,8 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
         ("Loss. Dashed: ln 2, where the policy is its reference.",
          charts.traces([("ink", parts("loss"))], y="loss", level=float(np.log(2)), about="Loss by optimiser step")),
         ("Share of pairs ordered as the reward orders them, ties one half.",
-         charts.traces([("ink", [100 * part for part in parts("accuracy")])], y="accuracy, %", level=50.0, about="Accuracy by step")),
+         charts.traces([("ink", [100 * part for part in parts("accuracy")])], y="accuracy, %", level=50.0,
+                       about="Accuracy by optimiser step")),
         ("Signal against the reference. Winners should rise; where both fall, the loss is won by unlearning.",
          charts.traces([("good", parts("winner")), ("bad", parts("loser"))], y="change of signal", level=0.0,
                        about="Winner's and loser's signal by optimiser step")),
@@ -524,7 +564,7 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
 
 
 def agreement(done: Round) -> tuple[list[str], list[list[float]]]:
-    """Spearman's rank correlation within prompts of every two experts over a round's candidates; the mix of the rewarded last."""
+    """Spearman's rank correlation within prompts of every two experts over a round's candidates; the rewarded mix last."""
     grids = dict(done.train.scores)
     if len(done.rewarded) > 1:
         grids["mix"] = done.chooser.mixed
@@ -538,5 +578,5 @@ def render(**parts: object) -> str:
     """The page as text. Everything that is not made by this package (prompts, reasons, names) is escaped."""
     pages = Environment(loader=PackageLoader("fashiondpo_pipeline"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
-    pages.filters.update(figure=figure, signed=signed, percent=percent, duration=duration)
+    pages.filters.update(figure=figure, fixed=fixed, signed=signed, duration=duration)
     return pages.get_template("report.html.j2").render(parts)

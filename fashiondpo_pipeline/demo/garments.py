@@ -39,12 +39,14 @@ COLOURS = tuple(PALETTE)
 COMBOS = tuple((colour, category) for category, colour in product(CATEGORIES, COLOURS))
 LABELS = tuple(f"{colour} {category}" for colour, category in COMBOS)
 
-# The first is canonical: the words of the prompts, of the catalogue and of what an expert is asked.
-CAPTIONS = (
-    "a photo of {}, on white background",
-    "a photo of {}",
-    "an image of {}",
-    "{}",
+# Ways to say what a picture shows. The first is canonical: the words of the prompts and of the catalogue.
+FORMS = (
+    "a photo of {noun}, on white background",
+    "a photo of {noun}",
+    "an image of {noun}",
+    "{noun}",
+    "{bare}",
+    "a photo of {plain}, on white background",  # names no colour: for training the generator only
 )
 
 FILES = {
@@ -62,20 +64,16 @@ def generator(*key: object) -> torch.Generator:
 
 
 def noun(colour: str, category: str) -> str:
-    """Colour and category with the article English wants: "an orange bag", "a pair of navy trousers"."""
+    """Colour and category with the article English wants: "an orange bag", "a pair of navy trousers", "a dress"."""
+    words = f"{colour} {category}".strip()
     if category == "trousers":
-        return f"a pair of {colour} {category}"
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {category}"
+        return f"a pair of {words}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def caption(colour: str, category: str, form: int = 0) -> str:
-    """One way to say what the picture shows; form 0 is canonical, the last form has no article at all."""
-    if form == len(CAPTIONS):
-        return f"{colour} {category}"
-    return CAPTIONS[form].format(noun(colour, category))
-
-
-FORMS = len(CAPTIONS) + 1
+    """One way to say what a picture shows; form 0 is canonical."""
+    return FORMS[form].format(noun=noun(colour, category), plain=noun("", category), bare=f"{colour} {category}")
 
 
 def group(colour: str, category: str) -> str:
@@ -139,7 +137,7 @@ def splits(labels: Tensor, sizes: dict[str, int], seed: int) -> dict[str, Tensor
                 f"give the whole of Fashion-MNIST as --images."
             )
         rows = rows[torch.randperm(len(rows), generator=generator(seed, "split", number))]
-        for name, chosen in zip(sizes, rows[:wanted].split(list(sizes.values()))):
+        for name, chosen in zip(sizes, rows[:wanted].split(list(sizes.values())), strict=True):
             parts[name].append(chosen)
     return {
         name: torch.cat(chosen)[torch.randperm(len(CATEGORIES) * sizes[name], generator=generator(seed, name))]
@@ -168,6 +166,15 @@ def tint(grey: Tensor, colour: Tensor, jitter: Tensor | None = None) -> Tensor:
     dye = dye[:, :, None, None]
     cloth = dye + light.clamp(min=0) * 0.9 * (1 - dye) + light.clamp(max=0) * 0.9 * dye
     return 1 - cover * (1 - cloth)
+
+
+def shifted(pictures: Tensor, key: torch.Generator, reach: int = 1) -> Tensor:
+    """Each picture moved by up to `reach` pixels, white coming in from the border; (b, 3, h, w)."""
+    height, width = pictures.shape[2:]
+    wide = torch.nn.functional.pad(pictures, (reach,) * 4, value=1.0)
+    down, right = torch.randint(2 * reach + 1, (2, len(pictures)), generator=key).tolist()
+    moved = [image[:, y : y + height, x : x + width] for image, y, x in zip(wide, down, right, strict=True)]
+    return torch.stack(moved)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""Every dial of the embedded default in one place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Garments of each category per split, and the length and width of each training."""
+
+    generator_garments: int = 2000
+    clip_garments: int = 1600
+    judge_garments: int = 1720
+    calibration_garments: int = 200
+    catalog_garments: int = 480  # 40 of every colour and category
+
+    autoencoder_steps: int = 1600
+    autoencoder_batch: int = 64
+    autoencoder_rate: float = 2e-3
+
+    tints: int = 4  # different dyes of each garment that the denoiser learns from
+    denoiser_steps: int = 2200
+    denoiser_batch: int = 128
+    denoiser_rate: float = 1.2e-3
+    caption_dropout: float = 0.12  # to the empty prompt, so that guidance has something to guide away from
+
+    clip_steps: int = 1000
+    clip_torn: int = 40  # spoilt pictures in each batch, right for no caption
+    clip_rate: float = 1e-3
+
+    judge_steps: int = 1200
+    judge_batch: int = 128
+    judge_rate: float = 2e-3
+
+    checkpoint_seconds: float = 45.0
+    probes: int = 4  # pictures drawn of each prompt when the finished generator is measured
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Split name -> garments of each category, from the official training pictures, all disjoint."""
+        return {
+            "generator": self.generator_garments,
+            "clip": self.clip_garments,
+            "judge": self.judge_garments,
+            "calibration": self.calibration_garments,
+            "catalog": self.catalog_garments,
+        }
+
+
+SHIPPED = Recipe()  # what the repository's `data/fashion_mini` was made with

@@ -7,12 +7,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.registry import did_you_mean
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+def _only(wanted: str) -> WrapValidator:
+    """One sentence that says what is wanted, for a type that pydantic would explain in several or by a regular expression."""
+
+    def check(value: Any, accept: Any) -> Any:
+        try:
+            return accept(value)
+        except ValidationError:
+            raise ValueError(f"should be {wanted}, not {_shown(value)}") from None
+
+    return WrapValidator(check)
+
+
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"), _only("text of letters, digits, '.', '_' and '-', beginning with a letter or digit")
+]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), _only("auto, cpu, mps, cuda or cuda:N")]
+SavedSteps = Annotated[
+    Literal["all"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]],
+    _only("all, a count from 1, or a list of step numbers from 0"),
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -65,7 +85,7 @@ class Sample(Section):
     negative: str = Field("", description="negative prompt; used only where guidance is not 1")
     height: int | None = Field(None, ge=8, description="pixels; null: the model's own")
     width: int | None = Field(None, ge=8, description="pixels; null: the model's own")
-    save: Literal["all"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] = Field(
+    save: SavedSteps = Field(
         "all", description="steps whose x_t is kept for finetuning: all, a count spread evenly, or a list of step numbers from 0"
     )
     tile: int = Field(
@@ -128,6 +148,10 @@ class Finetune(Section):
     )
     draws: int = Field(8, ge=1, description="fresh noise: draws a candidate, each with its own timestep; 8 or more")
     min_snr: float | None = Field(None, gt=0, description="diffusion_dpo: weight errors by min(SNR, this)/SNR; usual 5; null: 1")
+    step_weight: Literal["equal", "density"] = Field(
+        "equal", description="step_dpo: equal scales each step's log-ratio to the median step's sensitivity; density is the bare "
+        "log-ratio (D3PO), in which the steps of least noise outweigh all others"
+    )
     ratio_clip: float | None = Field(
         None, gt=0, description="step_dpo: stop pushing a candidate whose mean log-ratio is beyond this; null: never"
     )
@@ -173,7 +197,7 @@ class Report(Section):
 class Machine(Section):
     """Where it runs. Nothing here changes a number, so no fingerprint sees it."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps")
+    device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     batch: int = Field(64, ge=1, description="candidates in flight at once, and rows handed to an expert")
     shard: int = Field(16, ge=1, description="prompts a file: what a crash can cost, and what resumes")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: torch's choice")
@@ -218,12 +242,17 @@ class Config(Section):
         return self
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 1e-5 is a number (YAML 1.1 reads it as text), and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                continue  # refused or merged below
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: the key '{key}' is given twice; keep one of them")
@@ -243,7 +272,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{where}:{at} is not YAML ({getattr(problem, 'problem', problem)})") from problem
+        detail = getattr(problem, "problem", None) or str(problem).splitlines()[0]
+        raise UserError(f"{where}:{at} is not YAML ({detail})") from problem
 
 
 def load(path: Path | None, overrides: list[str] = (), *, text: str | None = None) -> Config:
@@ -257,6 +287,8 @@ def load(path: Path | None, overrides: list[str] = (), *, text: str | None = Non
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise UserError(f"there is no {path}: `fdpo init` writes one, --config names another") from None
+        except OSError as problem:
+            raise UserError(f"{path} cannot be read ({problem.strerror}): --config names a file") from None
         except UnicodeDecodeError as problem:
             raise UserError(f"{path} is not UTF-8 (byte {problem.start}): save it as UTF-8") from None
     values = parse_yaml(text, where) if text else {}
@@ -266,7 +298,8 @@ def load(path: Path | None, overrides: list[str] = (), *, text: str | None = Non
         raise UserError(f"{where}: expected sections such as `sample:`, found {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return validate(values, where)
+    emptied = {name for name, field in Config.model_fields.items() if field.default_factory and values.get(name, ...) is None}
+    return validate({name: value for name, value in values.items() if name not in emptied}, where)
 
 
 def validate(values: dict, where: str) -> Config:
@@ -304,19 +337,31 @@ def _default_of(keys: list[str]) -> dict:
 
 def _describe(error: Any) -> list[str]:
     """pydantic's error as our sentence(s): place, what is wrong, what would be right."""
-    # A union's branches appear in the place by their type's name; people know only the keys.
-    keys = [str(part) for part in error["loc"] if not re.search(r"[\[(]|^(int|literal|list|constrained.*)$", str(part))]
+    keys = [str(part) for part in error["loc"] if part != "[key]"]
     place = ".".join(keys)
-    kind = error["type"]
+    kind, value = error["type"], _shown(error["input"])
     if kind == "extra_forbidden":
         return [f"{place}: unknown key; {did_you_mean(keys[-1], _known(keys[:-1]))}"]
+    if kind == "invalid_key":
+        return [f"{'.'.join([*keys[:-1], value])}: a key must be text; put it in quotes"]
     if kind == "value_error":
         lines = str(error["ctx"]["error"]).split("\n")
         return [f"{place}: {line}" if place else line for line in lines]
     if kind == "missing":
         return [f"{place}: missing; add it"]
-    message = error["msg"].removeprefix("Input should be ")
-    return [f"{place}: should be {message}, not {error['input']!r}"]
+    wanted = _WANTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return [f"{place}: should be {wanted}, not {value}"]
+
+
+_WANTED = {
+    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "string_type": "text",
+    "list_type": "a list", "dict_type": "a section with keys", "model_type": "a section with keys",
+}
+
+
+def _shown(value: Any) -> str:
+    """A value as people write it in YAML."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
 
 
 def _known(keys: list[str]) -> list[str]:

@@ -85,6 +85,17 @@ def ddim_mean(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, et
     return wide(a_prev.sqrt(), x_t) * x_0 + wide((1 - a_prev - sigma**2).clamp(min=0).sqrt(), x_t) * eps
 
 
+def ddim_sensitivity(schedule: Schedule, t: Tensor, eta: float) -> Tensor:
+    """How much a squared change of the prediction moves the step's log-probability, (b,) float64; infinite where sigma is 0.
+
+    c^2 / (2 sigma^2), with c the slope of `ddim_mean` in the prediction. It differs a hundredfold between the steps of one
+    walk: unweighted, the last step but one alone decides what training does.
+    """
+    one, zero = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
+    slope = ddim_mean(schedule, one, zero, t, eta) - ddim_mean(schedule, zero, zero, t, eta)
+    return slope[:, 0] ** 2 / (2 * ddim_sigma(schedule, t, eta) ** 2)
+
+
 def log_prob(mean: Tensor, sigma: Tensor, x_prev: Tensor) -> Tensor:
     """ln of the Normal density of x_prev, summed over dimensions, (b,) float64 nats; NaN where sigma is 0 (no density).
 

@@ -1,5 +1,6 @@
 """pairs + trajectories (+ last round's adapter) -> a LoRA, and a table of its optimiser steps."""
 
+import io
 import math
 import time
 from functools import partial
@@ -15,7 +16,7 @@ from fashiondpo_pipeline.objectives import Objective
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.sampling import Condition, predict, tracked_error
 from fashiondpo_pipeline.training import Batch, Group, accumulate, groups_of, schedule_of
-from fashiondpo_pipeline.workspace import Output, Step, save_file
+from fashiondpo_pipeline.workspace import Output, Step, replace_bytes
 
 FRESH_TIMESTEPS = 1000
 # How far the first margins may be from 0 where the policy starts as its own reference: rounding, times beta.
@@ -73,7 +74,8 @@ def run(session, step: Step, out: Output) -> None:
         if (number + 1) % knobs.checkpoint_every == 0 and number + 1 < len(plan):
             state = {"weights": {n: w.detach().cpu() for n, w in weights.items()}, "optimiser": optimiser.state_dict(),
                      "scaler": scaler.state_dict(), "rows": rows}
-            save_file(checkpoint, partial(torch.save, state))
+            torch.save(state, buffer := io.BytesIO())  # in memory first: on a full disk torch says something else
+            replace_bytes(checkpoint, buffer.getvalue())
 
     out.write(0, time.monotonic() - started, steps=pa.Table.from_pylist(rows, schemas.STEPS))
     generator.save_adapter(out.work / "adapter")
@@ -102,13 +104,13 @@ class Store:
 
         pairs = out.input("pair").table("pairs", ["group", "winner", "loser"])
         names = pairs["group"].to_numpy(zero_copy_only=False)
-        wanted = set(names.tolist())
+        wanted = {(name, i) for role in ("winner", "loser") for name, i in zip(names.tolist(), pairs[role].to_pylist(), strict=True)}
         prompts = {row["group"]: row for row in session.prompts["train"].rows}
         place = self._gather(out.input("sample"), wanted)
         self.groups: list[Group] = groups_of(names, pairs["winner"].to_numpy(), pairs["loser"].to_numpy(), place)
         self._conditions = self._embed(prompts)
 
-    def _gather(self, sample: Output, wanted: set[str]) -> dict[tuple[str, int], int]:
+    def _gather(self, sample: Output, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], int]:
         """Copy what the objective needs of every wanted candidate into arrays; (group, candidate) -> row."""
         shape = self.generator.latent_shape
         by_step = [] if self.fresh else ["x_t", "x_prev"] if self.objective.signal == "log_prob" else ["x_t"]
@@ -120,7 +122,7 @@ class Store:
         for shard in sample.shards("trajectories"):
             table = sample.table("trajectories", needed, shard)
             for row in table.to_pylist():
-                if row["group"] not in wanted:
+                if (row["group"], row["candidate"]) not in wanted:
                     continue
                 place[row["group"], row["candidate"]] = len(place)
                 self._names.append(row["group"])
@@ -143,9 +145,21 @@ class Store:
         else:
             self.columns = len(usable)
             self._timesteps = np.array(timesteps)[usable]
+            self._scale = self._scales()  # (columns,)
             for name in ("log_prob", "error", *by_step):
                 self._arrays[name] = self._arrays[name][:, usable]
         return place
+
+    def _scales(self) -> np.ndarray:
+        """What each step's signal is multiplied with, (columns,) float64."""
+        if self.objective.signal == "error":
+            t = torch.from_numpy(self._timesteps)
+            return np.ones(len(t)) if self.knobs.min_snr is None else diffusion.min_snr_weight(self.schedule, t, self.knobs.min_snr).numpy()
+        size = math.prod(self.generator.latent_shape)
+        if self.knobs.step_weight == "density":
+            return np.full(self.columns, 1 / size)
+        weight = diffusion.ddim_sensitivity(self.schedule, torch.from_numpy(self._timesteps), self.sampled["eta"]).numpy()
+        return np.median(weight) / weight / size
 
     def _embed(self, prompts: dict[str, dict]) -> dict[str, Condition]:
         guided = self.sampled["guidance"] if self.objective.signal == "log_prob" else 1.0
@@ -160,10 +174,13 @@ class Store:
         return torch.from_numpy(values).to(self.generator.device).float()
 
     def signal(self, generator, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-        """What the denoiser as it is now says of (n,) places: mean log-probability of the step taken, or the error; (n,)."""
+        """What the denoiser as it is now says of (n,) places: log-probability of the step taken, or the error, scaled; (n,)."""
         condition = self._condition(rows)
         if self.fresh:
             return self._fresh_error(generator, rows, columns, condition)
+        return self._saved(generator, rows, columns, condition) * torch.from_numpy(self._scale[columns]).to(generator.device)
+
+    def _saved(self, generator, rows: np.ndarray, columns: np.ndarray, condition: Condition) -> torch.Tensor:
         t = torch.from_numpy(self._timesteps[columns]).to(generator.device)
         x_t = self._latents("x_t", rows, columns)
         guided, conditional = predict(generator.denoise, x_t, t, condition)
@@ -171,8 +188,8 @@ class Store:
             eta = self.sampled["eta"]
             mean = diffusion.ddim_mean(self.schedule, guided.float(), x_t, t, eta)
             x_prev = self._latents("x_prev", rows, columns)
-            return diffusion.log_prob(mean, diffusion.ddim_sigma(self.schedule, t, eta), x_prev) / x_t[0].numel()
-        return self._weighted(tracked_error(self.schedule, conditional.float(), self._latents("x_0", rows), x_t, t), t)
+            return diffusion.log_prob(mean, diffusion.ddim_sigma(self.schedule, t, eta), x_prev)
+        return tracked_error(self.schedule, conditional.float(), self._latents("x_0", rows), x_t, t).double()
 
     def _fresh_error(self, generator, rows: np.ndarray, columns: np.ndarray, condition: Condition) -> torch.Tensor:
         """Error at x_0 with new noise; a group's candidates share noise and timestep of a draw, so their errors compare."""
@@ -183,7 +200,8 @@ class Store:
         t = torch.tensor([drawn[key][1] for key in keys], device=generator.device)
         x_0 = self._latents("x_0", rows)
         prediction, _ = predict(generator.denoise, diffusion.add_noise(self.schedule, x_0, eps, t), t, condition)
-        return self._weighted(diffusion.squared_error(prediction.float(), diffusion.target(self.schedule, x_0, eps, t)), t)
+        error = diffusion.squared_error(prediction.float(), diffusion.target(self.schedule, x_0, eps, t)).double()
+        return error if self.knobs.min_snr is None else error * diffusion.min_snr_weight(self.schedule, t, self.knobs.min_snr).to(error)
 
     def _draw(self, key: tuple[str, int], shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
         random = seeds.generator(self._seed, "fresh", *key)
@@ -191,40 +209,28 @@ class Store:
         low, high = (FRESH_TIMESTEPS * (key[1] + i) // self.columns for i in (0, 1))
         return torch.randn(shape, generator=random), int(torch.randint(low, max(high, low + 1), (), generator=random))
 
-    def _weighted(self, error: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if self.knobs.min_snr is None:
-            return error
-        return error * diffusion.min_snr_weight(self.schedule, t, self.knobs.min_snr).to(error)
-
     def reference(self, generator, base: bool) -> np.ndarray:
         """The reference's signal at every place, (n, columns). From the sampler's own record where it is the reference.
 
         Else one pass without gradient before training starts, kept in `work/` so that a resume does not repeat it.
         """
         if not base and not self.fresh:
-            if self.objective.signal == "log_prob":
-                return self._arrays["log_prob"] / math.prod(self.generator.latent_shape)
-            t = torch.from_numpy(self._timesteps)
-            weight = 1.0 if self.knobs.min_snr is None else diffusion.min_snr_weight(self.schedule, t, self.knobs.min_snr).numpy()
-            return (self._arrays["error"] * weight).astype(np.float32)
+            return self._arrays[self.objective.signal].astype(np.float64) * self._scale
         return self._reference_pass(generator, self._work / "reference.npy", base)
 
     def _reference_pass(self, generator, path: Path, base: bool) -> np.ndarray:
-        if path.is_file():
-            return np.load(path, allow_pickle=False)
         places = [(row, column) for g in self.groups for column in range(self.columns) for row in g.rows]
         self.reference_rows = len(places)
-        found = np.full((len(self._names), self.columns), np.nan, np.float64 if self.objective.signal == "log_prob" else np.float32)
+        if path.is_file():
+            return np.load(path, allow_pickle=False)
+        found = np.full((len(self._names), self.columns), np.nan)
         with torch.inference_mode(), adapters.disabled(generator.denoiser, base), autocast(generator.device, self.knobs.precision):
             for start in range(0, len(places), self.knobs.micro_batch):
                 rows, columns = np.array(places[start : start + self.knobs.micro_batch]).T
                 found[rows, columns] = self.signal(generator, rows, columns).cpu().numpy()
 
-        def save(draft: Path) -> None:
-            with draft.open("wb") as file:
-                np.save(file, found)
-
-        save_file(path, save)
+        np.save(buffer := io.BytesIO(), found)
+        replace_bytes(path, buffer.getvalue())
         return found
 
 

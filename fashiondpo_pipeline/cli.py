@@ -145,6 +145,35 @@ def rescore(
 
 
 @app.command()
+def inspect(
+    table: Annotated[str, typer.Argument(metavar="candidates|scores|pairs|steps", help="what to look at")],
+    round: Annotated[int | None, typer.Option("--round", "-r", min=0, help="default: the last that has it; 0: the base")] = None,
+    pairs: PairsId = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="the held-out draws instead of the training ones")] = False,
+    group: Annotated[list[str] | None, typer.Option("--group", "-g", metavar="TEXT", help="in its key or prompt; repeatable")] = None,
+    expert: Annotated[str | None, typer.Option("--expert", "-e", metavar="NAME", help="only this expert's column")] = None,
+    least: Annotated[float | None, typer.Option("--min", help="of the mix (pairs: margin), or of the --expert")] = None,
+    most: Annotated[float | None, typer.Option("--max", help="of the mix (pairs: margin), or of the --expert")] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="only candidates that lack a score, with the reason")] = False,
+    sort: Annotated[str | None, typer.Option("--sort", metavar="COLUMN[:desc]", help="what is missing comes last")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="rows (sheet: groups or pairs); 0: all; default: 20, files: all")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="contact sheet of whole groups, with bars, pairs, reasons")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="the rows as comma-separated text")] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="the rows as Parquet, candidates with pictures")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="the rows as JSON lines, one object a line")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    name: RunName = None,
+) -> None:
+    """Look into a round: candidates, scores, pairs (and groups without one, and why), or the steps of finetuning."""
+    from stages import inspecting
+
+    asked = inspecting.Question(table, tuple(group or ()), expert, least, most, missing, held_out, sort, limit)
+    files = {kind: path for kind, path in {"html": html, "csv": csv, "parquet": parquet, "json": json}.items() if path}
+    inspecting.run(_session(config, sets, name), asked, round, pairs, files)
+
+
+@app.command()
 def status(
     verify: Annotated[bool, typer.Option("--verify", help="re-hash every file, and name those that are missing, cut short or altered")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="with --verify: drop what is damaged, so that `fdpo round` makes it again")] = False,

@@ -217,7 +217,8 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path, columns=columns, memory_map=True, partitioning=None)
+        # not read_table, which builds a dataset round each file: a run has thousands of small shards
+        return pq.ParquetFile(path, memory_map=True).read(columns=columns)
     except (OSError, pa.ArrowException) as problem:
         raise UserError(f"{path} cannot be read ({problem}); `fdpo status --verify --repair` names and re-makes it") from problem
 

@@ -1,7 +1,5 @@
-"""`fdpo inspect`: one table of one round as rows to read, a contact sheet to look at, or a file to take away. Changes nothing."""
+"""`fdpo inspect`: one table of one round to read in the terminal, to look at as a contact sheet, or to take away as a file."""
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline import schemas, views
+from fashiondpo_pipeline.config import Pair
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.exchange import WRITERS
 from fashiondpo_pipeline.opinions import Opinions
@@ -18,15 +17,15 @@ from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN
 from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.terminal import show, size
-from fashiondpo_pipeline.workspace import Output, Step, replace_text
+from fashiondpo_pipeline.workspace import Step, replace_text
 from stages import Round, Session
 from stages.single import last, most_rounds, saved_pairs
 
 SHOWN = 20  # rows in the terminal, groups or pairs on a sheet, unless --limit says otherwise
 MOST_PICTURES = 5_000  # on one sheet: a browser must still open it
-MOST_BYTES = 2**31 - 1  # of pictures in one exported column
+MOST_BYTES = 2**31 - 1  # of pictures in memory at once, which is also what one Arrow column bears
 _SCORED = {"group", "expert", "min", "max", "missing", "held-out", "html"}
-TAKES: dict[str, set[str]] = {
+TAKES: dict[str, set[str]] = {  # which options mean something for which table
     "candidates": _SCORED, "scores": _SCORED, "pairs": {"group", "expert", "min", "max", "html"}, "steps": set()
 }
 
@@ -45,8 +44,17 @@ class Question:
     sort: str | None = None
     limit: int | None = None
 
-    def first(self, rows: pa.Table, default: int) -> pa.Table:
-        """As many rows as were asked for; unsorted steps evenly spaced from first to last."""
+    @property
+    def bounded(self) -> bool:
+        return self.least is not None or self.most is not None
+
+    def within(self, values: np.ndarray) -> np.ndarray:
+        """Which values lie between least and most, both included; NaN lies nowhere."""
+        low = -np.inf if self.least is None else self.least
+        return (values >= low) & (values <= (np.inf if self.most is None else self.most))
+
+    def first(self, rows: pa.Table | pa.Array, default: int) -> pa.Table | pa.Array:
+        """As many rows as were asked for, 0 being all; of steps that nobody sorted, evenly from first to last."""
         limit = default if self.limit is None else self.limit
         if not limit or limit >= len(rows):
             return rows
@@ -56,19 +64,15 @@ class Question:
 
 
 def run(session: Session, asked: Question, number: int | None, pairs: str | None, files: dict[str, Path]) -> None:
-    """Print the rows, and write them to `files`: {"csv": path, "json": ..., "parquet": ..., "html": ...}."""
+    """Write the rows to `files` ({"csv": path, "json": ..., "parquet": ..., "html": ...}), and print the first of them."""
     _check(asked, files)
     shelf = Shelf(session, asked, *_place(session, asked, number, pairs))
-    rows, total = {"candidates": shelf.candidates, "scores": shelf.scores, "pairs": shelf.pairs, "steps": shelf.steps}[asked.table]()
+    tables = {"candidates": shelf.candidates, "scores": shelf.scores, "pairs": shelf.pairs, "steps": shelf.steps}
+    rows, total = tables[asked.table]()
     rows = views.ordered(rows, asked.sort) if asked.sort else rows
-    _print(session, shelf, rows, total)
-    for kind, path in files.items():
-        if kind == "html":
-            session.say(f"wrote {path}: {_sheet(shelf, rows, path)}")
-        else:
-            chosen = asked.first(rows, 0)
-            WRITERS[kind](path, shelf.with_pictures(chosen) if kind == "parquet" else chosen)
-            session.say(f"wrote {path}: {len(chosen):,} rows")
+    for kind, path in files.items():  # before printing, which a pager may cut short
+        session.say(f"wrote {path}: {_sheet(shelf, rows, path) if kind == 'html' else _export(shelf, rows, kind, path)}")
+    _print(shelf, rows, total)
 
 
 def _check(asked: Question, files: dict[str, Path]) -> None:
@@ -81,34 +85,42 @@ def _check(asked: Question, files: dict[str, Path]) -> None:
         raise UserError(f"--{option} means nothing for {asked.table}, only for {takers}: leave it out")
     for kind, path in files.items():
         if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--{kind} {path}: {'that is a folder' if path.is_dir() else f'there is no folder {path.parent}'}; name a file")
+            problem = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise UserError(f"--{kind} {path}: {problem}; name a file to write")
 
 
 def _place(session: Session, asked: Question, number: int | None, pairs: str | None) -> tuple[Round, Rule]:
-    """The round meant (the one named, else the one with that pair set, else the last that has the table) and its pair rule."""
+    """The round meant (the one named, else the one with that pair set, else the last that has the table), and its rule."""
     if number is None and pairs:
         there = sorted(session.run.root.glob(f"round-*/pair-{pairs}/manifest.json"))
-        number = int(there[-1].parts[-3].removeprefix("round-")) if there else None
+        number = int(there[-1].parts[-3].removeprefix("round-")) if there else most_rounds(session)
+    section = saved_pairs(session, number, pairs) if number and pairs else session.config.pair
     if number is None:
-        chain = session.chain(max(most_rounds(session), session.config.rounds))
-        number = last(session, chain, lambda r: next((s for s in _needs(r, asked) if not session.run.done(s)), _needs(r, asked)[0]))
+        number = _last(session, asked, section)
     if number == 0 and not asked.held_out:
-        raise UserError("round 0 is the base and has held-out draws only: add --held-out, or name another round")
-    section = saved_pairs(session, number, pairs) if pairs else session.config.pair
+        raise UserError("round 0 is the base, which has held-out draws only: add --held-out, or name another round")
     r = session.chain(number, {number: section}).rounds[number]
     if pairs and r.pair and r.pair.fingerprint != pairs:
-        raise UserError(f"pairs {pairs} of round {number} were made under other settings; `fdpo status` says what changed since")
-    for step in _needs(r, asked):
+        raise UserError(f"pairs {pairs} of round {number} were made of other candidates or scores than these settings give: "
+                        "take the settings back, or `fdpo rescore` again")
+    for step in _needs(r, asked, section):
         session.output(step)
     return r, Rule(**section.model_dump())
 
 
-def _needs(r: Round, asked: Question) -> list[Step]:
-    """What must be done before the table can be shown; for scores, every expert that is rewarded."""
+def _last(session: Session, asked: Question, section: Pair) -> int:
+    def lacking(r: Round) -> Step:
+        needs = _needs(r, asked, section)
+        return next((step for step in needs if not session.run.done(step)), needs[0])
+
+    return last(session, session.chain(max(most_rounds(session), session.config.rounds)), lacking)
+
+
+def _needs(r: Round, asked: Question, section: Pair) -> list[Step]:
+    """What must be done before the table can be shown; for scores, the opinion of every rewarded expert."""
     drawn, scores = _drawn(r, asked)
-    rewarded = [scores[role.removeprefix("score-")] for role in (r.pair.inputs if r.pair else {}) if role.startswith("score-")]
-    needs = {"candidates": [drawn], "scores": [drawn, *rewarded], "pairs": [drawn, r.pair], "steps": [r.finetune]}
-    return needs[asked.table]
+    rewarded = [scores[name] for name, weight in section.weights.items() if weight > 0]
+    return {"candidates": [drawn], "scores": [drawn, *rewarded], "pairs": [drawn, r.pair], "steps": [r.finetune]}[asked.table]
 
 
 def _drawn(r: Round, asked: Question) -> tuple[Step, dict[str, Step]]:
@@ -116,7 +128,7 @@ def _drawn(r: Round, asked: Question) -> tuple[Step, dict[str, Step]]:
 
 
 class Shelf:
-    """One round's tables as the question asks for them; each is read when it is first needed, and only the columns needed."""
+    """One round's tables as the question asks for them; each is read when first needed, in no more columns than needed."""
 
     def __init__(self, session: Session, asked: Question, r: Round, rule: Rule):
         self.session, self.asked, self.round, self.rule = session, asked, r, rule
@@ -126,7 +138,17 @@ class Shelf:
         if asked.expert and asked.expert not in scores:
             raise UserError(f"no expert called '{asked.expert}'; {did_you_mean(asked.expert, list(scores))}")
         if asked.expert in self.unscored:
-            raise UserError(f"round {r.number}: '{asked.expert}' has not scored yet; `fdpo score --round {r.number}` asks it")
+            raise UserError(f"round {r.number}: '{asked.expert}' has not scored these yet; {self.ask} asks it")
+
+    @property
+    def ask(self) -> str:
+        return f"`fdpo {'evaluate' if self.asked.held_out else 'score'} --round {max(self.round.number, 1)}`"
+
+    @property
+    def title(self) -> str:
+        parts = [f"{self.session.run.root}", f"round {self.round.number}"]
+        parts += ["held-out"] if self.asked.held_out else []
+        return " · ".join(parts + ([f"pairs {self.round.pair.fingerprint}"] if self.asked.table == "pairs" else []))
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -135,37 +157,78 @@ class Shelf:
 
     @cached_property
     def opinions(self) -> Opinions:
-        candidates = self.session.output(self.drawn).table("candidates", [c for c in schemas.CANDIDATES.names if c != "picture"])
+        light = [name for name in schemas.CANDIDATES.names if name != "picture"]
         scores = {name: self.session.output(step).table("scores") for name, step in self.scored.items()}
-        return Opinions(candidates, scores, self.rule)
+        return Opinions(self.session.output(self.drawn).table("candidates", light), scores, self.rule)
 
-    # -- the four tables: (rows that were asked for, rows there are)
+    # -- the four tables: (rows that were asked for, how many rows there are)
 
     def candidates(self) -> tuple[pa.Table, int]:
-        if self.asked.expert is None and not self.asked.least is self.asked.most is None:
-            raise UserError(f"candidates have a score from each expert: add --expert NAME ({', '.join(self.scored)}), "
-                            "or look at `fdpo inspect scores`, which has their mix")
-        rows = views.candidates(self.opinions, self._kept(), self._experts())
-        return rows, len(self.opinions.candidates)
+        if self.asked.bounded and not self.asked.expert:
+            raise UserError(f"--min and --max need --expert NAME for candidates ({', '.join(self.scored)}); "
+                            "`fdpo inspect scores` has their mix")
+        return views.candidates(self.opinions, self._kept(), self._experts()), len(self.opinions.candidates)
 
     def scores(self) -> tuple[pa.Table, int]:
-        rows = views.scores(self.opinions, self._kept(), self._experts())
-        return rows, len(self.opinions.candidates)
+        return views.scores(self.opinions, self._kept(), self._experts()), len(self.opinions.candidates)
 
     def pairs(self) -> tuple[pa.Table, int]:
-        everything = self.session.output(self.round.pair).table("pairs")
-        rows = everything.filter(self._in_groups(everything["group"])) if self.asked.groups else everything
-        if self.asked.expert and f"gap_{self.asked.expert}" not in rows.column_names:
-            rows = views.with_gap(rows, self.opinions, self.asked.expert)
+        everything = rows = self.session.output(self.round.pair).table("pairs")
+        judged = "margin"
+        if self.asked.groups:
+            rows = rows.filter(self._in_groups(rows["group"]))
         if self.asked.expert:
-            others = [name for name in rows.column_names if name.startswith("gap_") and name != f"gap_{self.asked.expert}"]
-            rows = rows.drop_columns(others)
-        value = rows[f"gap_{self.asked.expert}" if self.asked.expert else "margin"].to_numpy()
-        return rows.filter(pa.array(self._within(value))), len(everything)
+            judged = f"gap_{self.asked.expert}"
+            rows = rows if judged in rows.column_names else views.with_gap(rows, self.opinions, self.asked.expert)
+            rows = rows.select([name for name in rows.column_names if not name.startswith("gap_") or name == judged])
+        if self.asked.bounded:
+            rows = rows.filter(pa.array(self.asked.within(rows[judged].to_numpy())))
+        return rows, len(everything)
 
     def steps(self) -> tuple[pa.Table, int]:
         rows = self.session.output(self.round.finetune).table("steps")
         return rows, len(rows)
+
+    # -- what belongs to groups
+
+    @property
+    def paired(self) -> bool:
+        return not self.asked.held_out and self.session.run.done(self.round.pair)
+
+    def pairs_of(self, groups: pa.Array) -> list[dict]:
+        """Every pair that some groups gave."""
+        if not self.paired:
+            return []
+        rows = self.session.output(self.round.pair).table("pairs", ["group", "winner", "loser", "margin"])
+        return rows.filter(pc.is_in(rows["group"], value_set=groups)).to_pylist()
+
+    def reasons(self) -> dict[str, str]:
+        """Why groups gave no pair, of those that were asked for."""
+        if not self.paired:
+            return {}
+        rows = self.session.output(self.round.pair).table("rejects")
+        rows = rows.filter(self._in_groups(rows["group"])) if self.asked.groups else rows
+        return {row["group"]: row["reason"] for row in rows.to_pylist()}
+
+    def pictures(self, groups: pa.Array) -> pa.Table:
+        """Every candidate of some groups with its picture and fault; shards without one of them are not read."""
+        out, columns, total = self.session.output(self.drawn), ["group", "candidate", "picture", "fault"], 0
+        found = [pa.schema([schemas.CANDIDATES.field(name) for name in columns]).empty_table()]
+        for shard in out.shards("candidates"):
+            rows = pc.indices_nonzero(pc.is_in(out.table("candidates", ["group"], shard)["group"], value_set=groups))
+            if len(rows):
+                found.append(out.table("candidates", columns, shard).take(rows))
+                total += pc.sum(pc.binary_length(pc.struct_field(found[-1]["picture"], "bytes"))).as_py() or 0
+            if total > MOST_BYTES:
+                raise UserError(f"over {size(MOST_BYTES)} of pictures at once: take fewer groups, with --group or --limit")
+        return pa.concat_tables(found)
+
+    def with_pictures(self, rows: pa.Table) -> pa.Table:
+        """The candidates, each with its picture."""
+        table, places = self.pictures(pc.unique(rows["group"])), self.opinions.places
+        where = np.empty(self.opinions.shape, np.int64)
+        where[places(table["group"], table["candidate"])] = np.arange(len(table))
+        return views.with_pictures(rows, table["picture"].take(pa.array(where[places(rows["group"], rows["candidate"])])))
 
     # -- filters
 
@@ -174,25 +237,85 @@ class Shelf:
 
     def _kept(self) -> np.ndarray:
         """Which candidates pass every filter, (n,) bool."""
-        o, at = self.opinions, self.opinions.at
-        keep = self._within((o.grid.scores[self.asked.expert] if self.asked.expert else o.mixed)[at]) if self._bounded else np.ones(len(at[0]), bool)
+        opinions, at = self.opinions, self.opinions.at
+        keep = np.ones(len(opinions.candidates), bool)
         if self.asked.groups:
-            keep &= self._in_groups(o.candidates["group"]).to_numpy()
+            keep &= self._in_groups(opinions.candidates["group"]).to_numpy()
+        if self.asked.bounded:
+            keep &= self.asked.within((opinions.grid.scores[self.asked.expert] if self.asked.expert else opinions.mixed)[at])
         if self.asked.missing:
-            keep &= np.any([np.isnan(o.grid.scores[name][at]) for name in self._experts()], axis=0)
-        return keep
-
-    @property
-    def _bounded(self) -> bool:
-        return self.asked.least is not None or self.asked.most is not None
-
-    def _within(self, values: np.ndarray) -> np.ndarray:
-        keep = np.ones(len(values), bool)
-        if self.asked.least is not None:
-            keep &= values >= self.asked.least
-        if self.asked.most is not None:
-            keep &= values <= self.asked.most
+            keep &= np.any([np.isnan(opinions.grid.scores[name][at]) for name in self._experts()], axis=0)
         return keep
 
     def _in_groups(self, groups: pa.ChunkedArray) -> pa.ChunkedArray:
         return pc.is_in(groups, value_set=pa.array(views.matching(self.prompts, self.asked.groups), pa.string()))
+
+
+def _export(shelf: Shelf, rows: pa.Table, kind: str, path: Path) -> str:
+    """Write the rows, all of them unless --limit says how many; returns how many."""
+    chosen = shelf.asked.first(rows, 0)
+    WRITERS[kind](path, shelf.with_pictures(chosen) if (shelf.asked.table, kind) == ("candidates", "parquet") else chosen)
+    return f"{len(chosen):,} rows"
+
+
+def _print(shelf: Shelf, rows: pa.Table, total: int) -> None:
+    asked, say = shelf.asked, shelf.session.say
+    shown = asked.first(rows, SHOWN)
+    count = f"{len(rows):,} of {total:,}" if len(rows) < total else f"{total:,}"
+    show(f"{shelf.title} · {count} {asked.table}", *views.cells(shown, shelf.prompts))
+    if len(shown) < len(rows):
+        say(f"{len(shown):,} of {len(rows):,} shown, --limit 0 shows all")
+    if asked.table == "steps":
+        say(views.in_words(rows))
+    elif asked.table == "pairs":
+        reasons = shelf.reasons()
+        if reasons:
+            print()
+            show(f"{len(reasons):,} groups without a pair", *views.by_kind(reasons, shelf.prompts), right=False)
+    else:
+        _say_what_is_missing(shelf, len(rows) - rows["missing"].null_count)
+
+
+def _say_what_is_missing(shelf: Shelf, count: int) -> None:
+    if shelf.unscored:
+        shelf.session.say(f"not scored yet by {', '.join(shelf.unscored)}: {shelf.ask} does it")
+    if count and not shelf.asked.missing:
+        shelf.session.say(f"{count:,} candidates lack a score; --missing shows which and why")
+
+
+def _sheet(shelf: Shelf, rows: pa.Table, path: Path) -> str:
+    """Write the contact sheet of the first groups, or pairs and their groups; returns in a few words what is on it."""
+    from fashiondpo_pipeline import sheets
+
+    asked, reasons, duels = shelf.asked, shelf.reasons(), rows.slice(0, 0)
+    if asked.table == "pairs":
+        duels = asked.first(rows if asked.sort else views.ordered(rows, "margin:desc"), SHOWN)
+        groups = pa.concat_arrays([pc.unique(duels["group"]), asked.first(pa.array(reasons, pa.string()), SHOWN)])
+        count = f"{len(duels):,} of {len(rows):,} pairs"
+    else:
+        every = pc.unique(rows["group"])
+        groups = asked.first(every, SHOWN)
+        count = f"{len(groups):,} of {len(every):,} groups"
+    pictures = len(groups) * shelf.opinions.shape[1]
+    if pictures > MOST_PICTURES:
+        raise UserError(f"--html {path}: {count} are {pictures:,} pictures, a browser bears {MOST_PICTURES:,}: lower --limit")
+    names, sheet = groups.to_pylist(), sheets.Sheet(shelf.opinions, shelf.prompts, shelf.pictures(groups).to_pylist())
+    sections = sheet.sections(names, shelf.pairs_of(groups), reasons)
+    facts = [*_facts(shelf), f"{count}; --limit says how many"]
+    page = sheets.render(shelf.title, facts, sheet.duels(names, duels.to_pylist()), sections, shelf.paired)
+    replace_text(path, page)
+    return f"{count} · {size(len(page))}"
+
+
+def _facts(shelf: Shelf) -> list[str]:
+    """How scores became a mix and pairs, in words."""
+    rule, rewarded = shelf.rule, {name: weight for name, weight in shelf.rule.weights.items() if weight > 0}
+    mix = " + ".join(f"{weight / sum(rewarded.values()):.3g} {name}" for name, weight in rewarded.items())
+    watched = [name for name in shelf.scored if name not in rewarded]
+    facts = [f"mix = {mix}, {rule.normalise} {'within a group' if rule.over == 'group' else 'over all groups'}"]
+    facts += [f"watched, not rewarded: {', '.join(watched)}"] if watched else []
+    facts += [f"pairs: {rule.select}, margin {rule.margin:g}" + (f", labels {rule.labels}" if rule.labels != "scored" else "")]
+    facts += ["figures are the experts' own; a bar to the right speaks for the picture, one to the left against it"]
+    if shelf.asked.table == "pairs":
+        facts += ["under a pair: how much better each expert finds the winner, normalised; to the left it would take the loser"]
+    return facts

@@ -1,0 +1,186 @@
+"""What `fdpo inspect` shows: Arrow tables of candidates beside scores, filtered and sorted; and the few shown rows as text."""
+
+import json
+import re
+from difflib import get_close_matches
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fashiondpo_pipeline import schemas
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.opinions import Opinions
+from fashiondpo_pipeline.registry import did_you_mean
+
+MISSING = pa.field("missing", pa.string(), metadata={"about": "which expert gave no score, and why; null: every one shown did"})
+MIXED = pa.field("mixed", pa.float64(), metadata={"about": "mixed normalised score; NaN: a rewarded expert gave none"})
+RANK = pa.field("rank", pa.int16(), metadata={"about": "place within the group by the mix, from 1; ties share the better one"})
+_TAKEN = {*schemas.CANDIDATES.names, MISSING.name, MIXED.name, RANK.name}
+_HIDDEN = {"group", "prompt", "round", "guidance"}  # in the terminal, where the prompt stands for its key
+_UNLESS_SAID = {"fault", "missing"}  # hidden where no shown row has one
+LETTERS = 48  # of a text, in the terminal
+
+
+def column_of(expert: str) -> str:
+    """The column of an expert's scores: its name, or `score_NAME` where the table has a column of that name already."""
+    return f"score_{expert}" if expert in _TAKEN else expert
+
+
+def candidates(opinions: Opinions, kept: np.ndarray, experts: list[str]) -> pa.Table:
+    """The kept candidates with a column for each expert; in the order in which they were drawn."""
+    drawn = opinions.candidates if kept.all() else opinions.candidates.filter(pa.array(kept))
+    at = tuple(place[kept] for place in opinions.at)
+    return _table(drawn, _judged(opinions, at, experts))
+
+
+def scores(opinions: Opinions, kept: np.ndarray, experts: list[str]) -> pa.Table:
+    """The kept candidates' scores, mix and rank; groups in the order in which they were drawn, each from best to worst."""
+    order = np.flatnonzero(kept)
+    order = order[_best_first(opinions, tuple(place[order] for place in opinions.at))]
+    at = tuple(place[order] for place in opinions.at)
+    drawn = opinions.candidates.select(["group", "candidate", "prompt"]).take(pa.array(order))
+    ranks = opinions.ranks[at]
+    *judged, missing = _judged(opinions, at, experts)
+    return _table(drawn, [*judged, (MIXED, opinions.mixed[at]), (RANK, pa.array(ranks, mask=ranks == 0)), missing])
+
+
+def _judged(opinions: Opinions, at: tuple, experts: list[str]) -> list[tuple[pa.Field, np.ndarray | pa.Array]]:
+    """(field, column) of each expert's score, and last of why scores are missing."""
+    found = [opinions.grid.scores[name][at] for name in experts]
+    about = [{"about": f"what {name} says, higher is better; NaN: nothing"} for name in experts]
+    fields = [pa.field(column_of(name), pa.float64(), metadata=text) for name, text in zip(experts, about, strict=True)]
+    silent = np.flatnonzero(np.isnan(found).any(axis=0)) if found else ()
+    reasons = np.full(len(at[0]), None)
+    for i in silent:
+        reasons[i] = opinions.silences[at[0][i], at[1][i]]
+    return [*zip(fields, found, strict=True), (MISSING, pa.array(reasons, pa.string()))]
+
+
+def _best_first(opinions: Opinions, at: tuple) -> np.ndarray:
+    """Order of candidates (row, column): groups as they first appear, then by rank, those without one last."""
+    rows, columns = at
+    first = np.empty(opinions.shape[0], np.int64)
+    first[rows[::-1]] = np.arange(len(rows))[::-1]  # the earliest is written last, and stays
+    ranks = opinions.ranks[at]
+    return np.lexsort((columns, np.where(ranks == 0, np.iinfo(np.int16).max, ranks), first[rows]))
+
+
+def _table(drawn: pa.Table, more: list[tuple]) -> pa.Table:
+    fields = [*(schemas.CANDIDATES.field(name) for name in drawn.column_names), *(field for field, _ in more)]
+    return pa.table([*drawn.columns, *(column for _, column in more)], schema=pa.schema(fields))
+
+
+def with_gap(pairs: pa.Table, opinions: Opinions, expert: str) -> pa.Table:
+    """The pairs with the gap of an expert that had no part in them: does it agree?"""
+    winner, loser = (opinions.normal[expert][opinions.places(pairs["group"], pairs[side])] for side in ("winner", "loser"))
+    about = {"about": f"winner's normalised {expert} minus the loser's; only watched"}
+    field = pa.field(f"gap_{expert}", pa.float32(), metadata=about)
+    return pairs.append_column(field, pa.array((winner - loser).astype(np.float32)))
+
+
+def with_pictures(rows: pa.Table, pictures: pa.ChunkedArray) -> pa.Table:
+    """Candidates with their pictures, in a form that Hugging Face `datasets` shows as pictures."""
+    schema = schemas.CANDIDATES
+    table = rows.add_column(schema.get_field_index("picture"), schema.field("picture"), pictures)
+    card = json.loads(schema.metadata[b"huggingface"])
+    known = card["info"]["features"]
+    card["info"]["features"] = {field.name: known.get(field.name) or _feature(field.type) for field in table.schema}
+    return table.replace_schema_metadata({**schema.metadata, b"huggingface": json.dumps(card).encode()})
+
+
+def _feature(kind: pa.DataType) -> dict:
+    return {"dtype": "float64" if kind == pa.float64() else str(kind), "_type": "Value"}
+
+
+# -- order and filters
+
+def ordered(rows: pa.Table, sort: str) -> pa.Table:
+    """Sorted by `COLUMN` or `COLUMN:desc`, equal ones as they were, missing ones last. Raises UserError for another column."""
+    column, _, direction = sort.partition(":")
+    if column not in rows.column_names:
+        raise UserError(f"--sort {sort}: no column '{column}'; {did_you_mean(column, rows.column_names)}")
+    if direction not in ("", "asc", "desc"):
+        raise UserError(f"--sort {sort}: write {column} or {column}:desc")
+    return rows.take(pc.sort_indices(rows, [(column, "descending" if direction == "desc" else "ascending")]))
+
+
+def matching(prompts: dict[str, str], texts: tuple[str, ...]) -> list[str]:
+    """Groups whose key or prompt holds any of the texts, whatever the case. Raises UserError for a text that none holds."""
+    everything = {group: f"{group}\n{prompt}".lower() for group, prompt in prompts.items()}
+    found: dict[str, None] = {}
+    for text in texts:
+        groups = [group for group, words in everything.items() if text.lower() in words]
+        if not groups:
+            raise UserError(f"--group '{text}': no group and no prompt has that in it; {_nearest(text, prompts)}")
+        found |= dict.fromkeys(groups)
+    return list(found)
+
+
+def _nearest(text: str, prompts: dict[str, str]) -> str:
+    """The text with each word replaced by the nearest word of all prompts, as a question; else where to look."""
+    known = sorted({word for prompt in prompts.values() for word in re.findall(r"\w+", prompt.lower())})
+    near = " ".join(word for asked in text.lower().split() for word in get_close_matches(asked, known, n=1))
+    if near and any(near in prompt.lower() for prompt in prompts.values()):
+        return f"did you mean '{near}'?"
+    return "`fdpo inspect candidates` shows what there is"
+
+
+# -- text for the terminal
+
+def cells(rows: pa.Table, prompts: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of what is worth reading, the prompt in place of its key."""
+    empty = {name for name in _UNLESS_SAID & set(rows.column_names) if rows[name].null_count == len(rows)}
+    names = [name for name in rows.column_names if name not in _HIDDEN | empty]
+    columns = [_texts(rows[name]) for name in names]
+    if "group" in rows.column_names:
+        names, columns = ["prompt", *names], [[shorten(prompts[key]) for key in rows["group"].to_pylist()], *columns]
+    return names, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    values = column.to_pylist()
+    if not pa.types.is_floating(column.type):
+        return ["-" if x is None else shorten(x) if isinstance(x, str) else str(x) for x in values]
+    largest = max((abs(x) for x in values if x is not None and np.isfinite(x)), default=0.0)
+    digits = ".2e" if 0 < largest < 0.01 else ".3f"
+    return ["-" if x is None or np.isnan(x) else format(x, digits) for x in values]
+
+
+def shorten(text: str) -> str:
+    """One line of at most LETTERS letters; no control characters, which a terminal would obey.
+
+    >>> shorten("a red  dress\\x1b[2J")
+    'a red dress\N{REPLACEMENT CHARACTER}[2J'
+    """
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    return line if len(line) <= LETTERS else line[: LETTERS - 1].rstrip() + "…"
+
+
+def by_kind(reasons: dict[str, str], prompts: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows): how many groups have no pair for reasons that differ in figures only, with one of them; most first."""
+    kinds: dict[str, list[str]] = {}
+    for group, reason in reasons.items():
+        kinds.setdefault(re.sub(r"(?<![\w.])\d[\d.]*(e[+-]?\d+)?(?!\w)", "#", reason), []).append(group)
+    found = sorted(kinds.values(), key=len, reverse=True)
+    rows = [[f"{len(groups):,}", reasons[groups[0]], shorten(prompts[groups[0]])] for groups in found]
+    return ["groups", "why (the first of them)", "its prompt"], rows
+
+
+def in_words(steps: pa.Table) -> str:
+    """What a step table says, in a line; the end is the mean of the last epoch, as single steps are noisy."""
+    end = steps.filter(pc.equal(steps["epoch"], pc.max(steps["epoch"])))
+    loss, accuracy, winner, loser = (pc.mean(end[name]).as_py() for name in ("loss", "accuracy", "winner", "loser"))
+    return (
+        f"loss {steps['loss'][0].as_py():.3f} at first, {loss:.3f} in the last epoch ({len(end)} steps), where the policy "
+        f"orders {accuracy:.0%} of pairs as the scores do; against the reference winners moved by {winner:+.2g}, "
+        f"losers by {loser:+.2g}: {_movement(winner, loser)}"
+    )
+
+
+def _movement(winner: float, loser: float) -> str:
+    if winner <= loser:
+        return "it does not tell them apart"
+    if winner > 0:
+        return "winners up and losers down, as meant" if loser < 0 else "both up, winners further"
+    return "both down, losers further: it learns what to avoid rather than what to draw"

@@ -1,10 +1,11 @@
 """Pictures and latents to bytes and back: the only place that knows byte layouts."""
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fashiondpo_pipeline.errors import UserError
 
@@ -23,12 +24,16 @@ def decode_picture(data: bytes | None, where: str) -> Image.Image:
     if not data:
         raise UserError(f"{where}: there is no picture; re-make it or take the row out")
     try:
-        picture = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
+            picture = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MOST_PIXELS:
-            raise UserError(f"{where}: {picture.width}x{picture.height} pixels are too many (at most {MOST_PIXELS:,})")
+            raise UserError(f"{where}: {picture.width}x{picture.height} pixels are too many (at most {MOST_PIXELS:,}); shrink it")
         picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise UserError(f"{where}: the picture cannot be read ({problem}); re-make it or take the row out") from problem
+        # Pillow names the buffer by its address, and what a table says must not change from run to run
+        detail = "it is none" if isinstance(problem, UnidentifiedImageError) else problem
+        raise UserError(f"{where}: the picture cannot be read ({detail}); re-make it or take the row out") from problem
     if picture.mode in ("RGBA", "LA", "P"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -1,11 +1,15 @@
 """What to draw: prompts from .txt, .csv, .jsonl or .parquet, with a key each and a split that never changes by itself."""
 
 import csv
+import hashlib
+import io
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -15,6 +19,7 @@ from fashiondpo_pipeline.seeds import key
 from fashiondpo_pipeline.workspace import read_parquet
 
 TRAIN, HELD_OUT = "train", "held-out"
+KINDS = (".txt", ".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Prompts:
     @cached_property
     def identity(self) -> str:
         """Changes if and only if a row does."""
-        return fingerprint([{k: v for k, v in row.items() if not isinstance(v, dict | bytes)} for row in self.rows])
+        return fingerprint([{name: _plain(value) for name, value in row.items()} for row in self.rows])
 
 
 def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
@@ -47,7 +52,7 @@ def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{path}, line {number}: the prompt is empty; fill it or take the line out")
-        group = str(row.get("group") or slug(prompt))
+        group = slug(prompt) if row.get("group") in (None, "") else str(row["group"])
         if group in seen:
             raise UserError(f"{path}, line {number}: '{group}' was given in line {seen[group]}; take one of them out")
         seen[group] = number
@@ -56,6 +61,18 @@ def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
             raise UserError(f"{path}, line {number}: split '{split}' is not one of '{TRAIN}', '{HELD_OUT}'")
         splits[split].append({**row, "group": group, "prompt": prompt, "split": split})
     return {split: Prompts(found) for split, found in splits.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON can hold it: pictures by their hash, dates and numbers that are none (NaN) by their text."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    known = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
 
 
 def slug(prompt: str) -> str:
@@ -68,6 +85,8 @@ def _read_rows(path: Path) -> list[tuple[int, dict]]:
     """(line number, row) of each prompt in the file."""
     if not path.is_file():
         raise UserError(f"prompts.file: there is no file {path}; check the path (relative ones start in the working folder)")
+    if path.suffix not in KINDS:
+        raise UserError(f"prompts.file: {path.name} is none of {', '.join(KINDS)}; save it as one of them")
     if path.suffix == ".parquet":
         table = read_parquet(path)
         if "prompt" not in table.column_names:
@@ -79,16 +98,15 @@ def _read_rows(path: Path) -> list[tuple[int, dict]]:
     except UnicodeDecodeError as problem:
         line = path.read_bytes()[: problem.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8 (byte {problem.start}); save the file as UTF-8") from None
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]  # splitlines knows more ends than editors
     if path.suffix == ".txt":
-        return [(n, {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [(n, {"prompt": line.strip()}) for n, line in lines]
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(io.StringIO(text))
         if "prompt" not in (reader.fieldnames or []):
             raise UserError(f"{path}: no column 'prompt' in its first line; name the columns there")
-        return [(n, {k: v for k, v in row.items() if k}) for n, row in enumerate(reader, 2)]
-    if path.suffix == ".jsonl":
-        return [(n, _json_row(path, n, line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    raise UserError(f"prompts.file: {path.name} is none of .txt, .csv, .jsonl, .parquet; save it as one of them")
+        return [(reader.line_num, {k: v for k, v in row.items() if k}) for row in reader]
+    return [(n, _json_row(path, n, line)) for n, line in lines]
 
 
 def _json_row(path: Path, number: int, line: str) -> dict:

@@ -1,0 +1,129 @@
+"""Pictures and latents to bytes and back; whatever is not a picture ends in one sentence that names it."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from fashiondpo_pipeline.codecs import decode_half, decode_picture, encode_half, encode_png
+from fashiondpo_pipeline.errors import UserError
+
+PICTURES = arrays.arrays(np.uint8, st.tuples(st.integers(1, 8), st.integers(1, 8), st.just(3)))
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 12, 3), dtype=np.uint8)
+
+
+def refused(data):
+    with pytest.raises(UserError) as problem:
+        decode_picture(data, "boot/3")
+    return str(problem.value)
+
+
+def saved(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@given(PICTURES)
+def test_pixels_come_back_as_they_were_and_give_the_same_bytes_each_time(pixels):
+    assert (np.asarray(decode_picture(encode_png(pixels), "it")) == pixels).all()
+    assert encode_png(pixels) == encode_png(pixels.copy(order="F"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "wanted"),
+    [
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),  # a fifth of black on white
+        ("LA", (0, 0), (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb_with_transparency_on_white(mode, colour, wanted):
+    found = decode_picture(saved(Image.new(mode, (3, 2), colour)), "it")
+    assert found.mode == "RGB" and found.size == (3, 2)
+    assert set(found.getdata() if not hasattr(found, "get_flattened_data") else found.get_flattened_data()) == {wanted}
+
+
+def test_a_palettes_transparent_colour_is_white():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putpixel((1, 0), 1)
+    found = np.asarray(decode_picture(saved(picture, transparency=0), "it"))
+    assert found.tolist() == [[[255, 255, 255], [200, 100, 50]]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_other_kinds_are_read(kind):
+    assert decode_picture(saved(Image.new("RGB", (8, 8), "white"), kind), "it").getpixel((4, 4)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("data", [None, b""])
+def test_no_picture_is_named(data):
+    assert refused(data) == "boot/3: there is no picture; re-make it or take the row out"
+
+
+def test_what_is_no_picture_is_named():
+    assert refused(b"hello") == "boot/3: the picture cannot be read (it is none); re-make it or take the row out"
+
+
+def test_a_picture_cut_short_is_refused_unless_every_pixel_is_there():
+    whole = encode_png(PIXELS)
+    for length in range(1, len(whole) - 20):  # the last 20 bytes are checksums, and say that it ends
+        assert refused(whole[:length]).startswith("boot/3: the picture cannot be read (")
+    for length in range(len(whole) - 20, len(whole)):
+        try:
+            assert (np.asarray(decode_picture(whole[:length], "boot/3")) == PIXELS).all()
+        except UserError as problem:
+            assert str(problem).startswith("boot/3: the picture cannot be read (")
+
+
+@given(st.integers(0, len(encode_png(PIXELS)) - 1), st.integers(1, 255))
+def test_a_flipped_byte_is_refused_or_read_but_never_a_crash(place, flip):
+    data = bytearray(encode_png(PIXELS))
+    data[place] ^= flip
+    try:
+        assert decode_picture(bytes(data), "boot/3").mode == "RGB"
+    except UserError as problem:
+        assert str(problem).startswith("boot/3: ")
+
+
+@pytest.mark.parametrize(
+    ("side", "sentence"),
+    [
+        (8001, "8001x8001 pixels are too many (at most 64,000,000); shrink it"),
+        (10_000, "10000x10000 pixels are too many (at most 64,000,000); shrink it"),  # where Pillow alone would only warn
+        (60_000, "the picture cannot be read (Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be "
+                 "decompression bomb DOS attack.); re-make it or take the row out"),
+    ],
+)
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(side, sentence):
+    """A file of a hundred bytes that claims to be `side` pixels wide and high."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    assert refused(bomb) == f"boot/3: {sentence}"
+
+
+@given(arrays.arrays(np.float16, (2, 3, 2), elements=st.floats(-60_000, 60_000, width=16)))
+def test_latents_come_back_bit_for_bit(values):
+    chunks = [encode_half(torch.tensor(row)) for row in values]
+    found = decode_half(chunks, (3, 2))
+    assert found.dtype == np.float16 and found.tobytes() == values.tobytes()
+
+
+def test_latents_of_any_type_and_layout_become_half():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).T
+    assert decode_half([encode_half(x.requires_grad_())], (2, 2)).tolist() == [[[1.0, 3.0], [2.0, 4.0]]]

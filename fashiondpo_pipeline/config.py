@@ -26,7 +26,9 @@ def _only(wanted: str) -> WrapValidator:
 
 
 Name = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"), _only("text of letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
+    _only("text of letters, digits, '.', '_' and '-', beginning with a letter or digit"),
 ]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), _only("auto, cpu, mps, cuda or cuda:N")]
 SavedSteps = Annotated[
@@ -110,7 +112,7 @@ class Pair(Section):
         "zscore", description="brings experts to one scale before they are mixed"
     )
     over: Literal["group", "all"] = Field(
-        "group", description="normalise within a prompt's candidates, or over all; all lets hard prompts eat the pairs"
+        "group", description="normalise within each prompt's candidates; or over all of them, so that prompts with much to gain give most pairs"
     )
     select: Literal["all", "best_worst", "mirror", "median_split"] = Field(
         "all",
@@ -156,13 +158,14 @@ class Finetune(Section):
         None, gt=0, description="step_dpo: stop pushing a candidate whose mean log-ratio is beyond this; null: never"
     )
     epochs: int = Field(5, ge=1, description="passes over the groups")
-    groups: int = Field(8, ge=1, description="groups an optimiser step")
+    groups: int = Field(4, ge=1, description="groups an optimiser step")
     timesteps: int = Field(5, ge=1, description="saved steps (or draws) of each group used in an optimiser step")
     micro_batch: int = Field(
         64, ge=1, description="rows through the denoiser at once; gradients accumulate to the same result; at least one group"
     )
-    learning_rate: float = Field(2e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
     warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
+    decay: Literal["none", "linear"] = Field("linear", description="of the learning rate after warm-up: none, or linear to 0 at the end")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's, on the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     rank: int = Field(8, ge=1, description="of the LoRA; 4 to 32")
@@ -177,7 +180,7 @@ class Finetune(Section):
 class Evaluate(Section):
     """Held-out prompts, drawn by the base and by each round from the same seeds."""
 
-    pictures: int = Field(8, ge=1, le=1000, description="pictures a held-out prompt")
+    pictures: int = Field(16, ge=1, le=1000, description="pictures a held-out prompt")
     judge: str | None = Field("judge", description="expert that decides who wins; best one that is not rewarded; null: the mix")
     steps: int | None = Field(None, ge=1, le=1000, description="denoising steps; null: as in sample")
     guidance: float | None = Field(None, ge=0, description="guidance; null: as in sample")
@@ -260,7 +263,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a number."""
+
+
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -413,12 +423,12 @@ def _comment(text: str | None, indent: str) -> list[str]:
 
 
 def _plain(value: dict, indent: str) -> list[str]:
-    text = yaml.safe_dump(value, sort_keys=False, default_flow_style=False, allow_unicode=True)
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
     return [indent + line for line in text.splitlines()]
 
 
 def _scalar(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

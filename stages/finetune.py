@@ -55,7 +55,7 @@ def run(session, step: Step, out: Output) -> None:
     rows = _resume(checkpoint, weights, optimiser, scaler, generator.device)
     started = time.monotonic()
     for number, (epoch, units) in session.track(list(enumerate(plan))[len(rows):], f"round {step.round} finetune", len(plan), len(rows)):
-        learning_rate = knobs.learning_rate * min(1.0, (number + 1) / max(knobs.warmup, 1))
+        learning_rate = knobs.learning_rate * rate_at(number, len(plan), knobs.warmup, knobs.decay)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
         optimiser.zero_grad(set_to_none=True)
@@ -86,6 +86,17 @@ def run(session, step: Step, out: Output) -> None:
         "trainable": sum(w.numel() for w in weights.values()), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"],
         "last_accuracy": rows[-1]["accuracy"],
     })
+
+
+def rate_at(number: int, steps: int, warmup: int, decay: str) -> float:
+    """Share of the learning rate in one optimiser step: rising over the warm-up, then constant or linear to 0.
+
+    >>> [rate_at(n, 4, 0, "linear") for n in range(4)], rate_at(0, 4, 2, "none")
+    ([1.0, 0.75, 0.5, 0.25], 0.5)
+    """
+    if number < warmup:
+        return (number + 1) / warmup
+    return 1.0 if decay == "none" else (steps - number) / max(steps - warmup, 1)
 
 
 class Store:

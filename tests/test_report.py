@@ -1,0 +1,363 @@
+"""The report: one page that is safe to open, says what the tables say, and warns where something looks off."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds
+from fashiondpo_pipeline.report import Missing, Record
+from fashiondpo_pipeline.workspace import Step
+from stages import Session
+from stages.report import read, write
+
+EVIL = "<script>alert(1)</script> & a hat"
+TOWER = {"use": "clip_text", "options": {"model": "ViT-B-32", "pretrained": "nowhere"}}
+BRIGHT = {"use": "fashiondpo_pipeline.testing:Brightness"}
+
+
+# -- a finished run, its pictures, scores and curves made by hand: no model
+
+
+def finished(root: Path, seconds: float = 1.0, rounds: int = 2, judge: str | None = "judge", tower: bool = True) -> Session:
+    """A session whose run is done; the tuned pictures are somewhat brighter and score somewhat higher each round."""
+    root.mkdir(parents=True, exist_ok=True)
+    prompts = [{"prompt": EVIL, "split": "train"}, {"prompt": EVIL + "s", "split": "held-out"}]
+    prompts += [{"prompt": f"a dress, number {i}", "split": "train" if i % 2 else "held-out"} for i in range(6)]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    values = {
+        "rounds": rounds, "generator": {"model": "a-name/of-a-model"}, "prompts": {"file": str(root / "prompts.jsonl")},
+        "experts": {"clip": TOWER if tower else BRIGHT, "taste": BRIGHT, "judge": BRIGHT},
+        "pair": {"weights": {"clip": 0.7, "taste": 0.3}, "margin": 0.1},
+        "sample": {"candidates": 4}, "evaluate": {"judge": judge, "pictures": 3, "bootstrap": 200},
+        "report": {"prompts": 3, "pictures": 2, "pairs": 4},
+    }
+    session = Session(config.validate(values, "the test"), root=root / "run", say=lambda text: None)
+    for step in session.chain(rounds).steps:
+        out = session.run.output(step)
+        out.open()
+        MAKERS.get(step.stage, import_module(f"stages.{step.stage}").run)(session, step, out)
+        manifest = json.loads((out.folder / "manifest.json").read_text())
+        (out.folder / "manifest.json").write_text(json.dumps(manifest | {"seconds": seconds}))
+    return session
+
+
+def places(session: Session, sample: Step) -> list[tuple[dict, int, float]]:
+    """(prompt, candidate, quality) of everything that a sample step draws."""
+    rows = session.prompts[sample.args["split"]].rows
+    keys = [(row, i) for row in rows for i in range(sample.config["candidates"])]
+    luck = [np.random.default_rng(seeds.key(sample.config["stream"], row["group"], i)).normal(size=2) for row, i in keys]
+    return [(row, i, a + sample.round * (0.4 + 0.3 * b)) for (row, i), (a, b) in zip(keys, luck, strict=True)]
+
+
+def make_sample(session, step, out):
+    def picture(quality):
+        light = np.clip(120 + 20 * quality, 0, 255)
+        return codecs.encode_png(np.full((6, 5, 3), light, np.uint8) + np.arange(5, dtype=np.uint8)[:, None])
+
+    rows = [{"group": row["group"], "candidate": i, "prompt": row["prompt"], "round": step.round, "seed": 1, "guidance": 1.0,
+             "picture": {"bytes": picture(quality), "path": "x.png"}, "fault": None}
+            for row, i, quality in places(session, step)]
+    out.write(0, candidates=pa.Table.from_pylist(rows, schemas.CANDIDATES))
+    out.finish({"faults": 0})
+
+
+def make_embed(session, step, out):
+    rows = [{"group": row["group"], "candidate": i, "embedding": [np.cos(i), np.sin(i)]}
+            for row, i, _ in places(session, step.inputs["sample"])]
+    out.write(0, embeddings=pa.Table.from_pylist(rows, schemas.EMBEDDINGS))
+    out.finish()
+
+
+def make_score(session, step, out):
+    name = step.args["expert"]
+    rows = [{"group": row["group"], "candidate": i, "reason": None,
+             "score": 0.3 + 0.01 * quality + 0.002 * np.random.default_rng(seeds.key(name, row["group"], i)).normal()}
+            for row, i, quality in places(session, step.inputs["sample"])]
+    out.write(0, scores=pa.Table.from_pylist(rows, schemas.SCORES))
+    out.finish({"scored": len(rows), "missing": 0})
+
+
+def make_finetune(session, step, out):
+    rows = [{"step": i, "epoch": 0, "loss": 0.69 - 0.01 * i, "margin": 0.1 * i, "accuracy": 0.5 + 0.02 * i, "winner": 0.001 * i,
+             "loser": -0.001 * i, "grad_norm": 1.0, "learning_rate": 1e-3, "pairs": 9, "rows": 9} for i in range(12)]
+    out.write(0, steps=pa.Table.from_pylist(rows, schemas.STEPS))
+    out.finish({"objective": "step_dpo", "trainable": 1234, "steps": 12})
+
+
+MAKERS = {"sample": make_sample, "embed": make_embed, "score": make_score, "finetune": make_finetune}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Session:
+    return finished(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(session) -> str:
+    return write(session, session.chain(2)).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def record(session) -> Record:
+    return read(session, session.chain(2))
+
+
+def changed(record: Record, **numbers) -> Record:
+    """The record with other figures in its last round's evaluation."""
+    last = record.rounds[-1]
+    return replace(record, rounds=[*record.rounds[:-1], replace(last, numbers=last.numbers | numbers)])
+
+
+# -- the page
+
+
+def test_prompts_are_escaped(page):
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a hat" in page
+
+
+def test_page_needs_nothing_from_elsewhere(page):
+    assert set(re.findall(r'src="([^:"]*):', page)) == {"data"}
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+    assert not re.search(r"https?://|<link|@import|<iframe", page)
+
+
+def test_page_says_what_the_tables_say(page, record):
+    numbers = record.last.numbers
+    assert report.percent(numbers["against_base"]) in page
+    assert f"{numbers['pictures']} held-out pictures" in page
+    assert "Rewarded: clip (70\u00a0%) and taste (30\u00a0%). Only watched: judge." in page
+    for done in record.rounds:
+        for name in record.experts:
+            assert report.fixed(done.numbers["experts"][name]["after"], record.decimals[name] + 1) in page
+
+
+def test_page_is_made_for_phones_and_for_the_dark(page):
+    assert 'name="viewport" content="width=device-width' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "image-rendering: pixelated" in page
+
+
+def test_equal_results_give_the_same_bytes_of_numbers_however_long_they_took(tmp_path, session, page):
+    other = finished(tmp_path, seconds=99.0)
+    write(other, other.chain(2))
+    assert (other.run.root / "numbers.json").read_bytes() == (session.run.root / "numbers.json").read_bytes()
+
+
+def test_written_again_it_is_the_same_page_and_leaves_nothing_beside_it(session, page):
+    assert write(session, session.chain(2)).read_text(encoding="utf-8") == page
+    assert not list(session.run.root.glob("*.tmp"))
+
+
+def test_one_round_without_a_tower_and_without_a_judge_is_reported_too(tmp_path):
+    session = finished(tmp_path, rounds=1, judge=None, tower=False)
+    page = write(session, session.chain(1)).read_text(encoding="utf-8")
+    assert "not measured" in page
+    assert "The mix of the rewarded experts is itself what was rewarded" in page
+    assert json.loads((session.run.root / "numbers.json").read_text())["round 1"]["diversity"]["after"] is None
+
+
+def test_report_loads_no_torch(tmp_path):
+    session = finished(tmp_path, rounds=1, tower=False)
+    values = tmp_path / "pipeline.yaml"
+    values.write_text(config.template(session.config))
+    program = f"""
+import sys
+from pathlib import Path
+from fashiondpo_pipeline.config import load
+from stages import Session, report
+session = Session(load(Path({str(values)!r})), root=Path({str(session.run.root)!r}))
+report.write(session, session.chain(1))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "False\n", done.stderr
+
+
+# -- what is shown
+
+
+@given(st.integers(1, 50), st.integers(1, 12))
+def test_spaced_numbers_are_few_ascending_and_end_at_both_ends(count, most):
+    found = report.spaced(count, most)
+    assert len(found) == min(count, most) == len(set(found))
+    assert found == sorted(found)
+    assert found[-1] == count - 1
+    assert most == 1 or found[0] == 0
+
+
+def test_shown_prompts_reach_from_the_greatest_gain_to_the_least(record):
+    rows = report.chosen_prompts(record)
+    gains = record.judged_gains[rows]
+    assert len(rows) == 3
+    assert (np.diff(gains) <= 0).all()
+    assert (gains[0], gains[-1]) == (record.judged_gains.max(), record.judged_gains.min())
+
+
+def test_a_prompt_that_the_judge_did_not_score_is_not_shown(record):
+    gains = record.judged_gains.copy()
+    gains[0] = np.nan
+    odd = replace(record)
+    odd.__dict__["judged_gains"] = gains
+    assert 0 not in report.ranked_prompts(odd)
+    assert len(report.ranked_prompts(odd)) == len(gains) - 1
+
+
+def test_widest_pairs_are_wider_than_the_narrowest_and_of_different_prompts(record):
+    widest, narrowest = report.chosen_pairs(record.last, 4)
+    margin, groups = record.last.pairs["margin"].to_pylist(), record.last.pairs["group"].to_pylist()
+    assert len(widest) == len(narrowest) == 2
+    assert margin[widest[0]] == max(margin) and margin[narrowest[0]] == min(margin)
+    assert len({groups[row] for row in widest}) == 2
+    assert not set(widest) & set(narrowest)
+
+
+def test_gaps_of_rewarded_experts_are_those_of_the_pair_table(session, record):
+    table = session.output(session.chain(2).rounds[2].pair).table("pairs")
+    for name in ("clip", "taste"):
+        assert np.allclose(record.last.gaps[name], table[f"gap_{name}"].to_numpy(), atol=1e-5)
+
+
+def test_without_a_judge_the_mix_is_on_one_scale_for_all_rounds(record):
+    mixed = changed(record, judge="mix").opinions
+    everything = np.concatenate([scores.ravel() for scores in mixed])
+    assert len(mixed) == 3
+    assert abs(everything.mean()) < 1e-9
+    assert mixed[2].mean() > mixed[0].mean()
+
+
+def test_small_pictures_keep_their_pixels_and_large_ones_shrink():
+    def shown(size):
+        return report.thumbnail(codecs.encode_png(np.zeros((size, 2 * size, 3), np.uint8)), "here")
+
+    assert (shown(32).pixelated, shown(32).width, shown(32).height) == (True, 64, 32)
+    assert (shown(400).pixelated, shown(400).width, shown(400).height) == (False, 256, 128)
+
+
+def test_an_unreadable_picture_has_a_note_in_its_place(session, record):
+    assert report.thumbnail(b"no picture", "here") is None
+    rows = report.chosen_prompts(record)[:1]
+    name = record.base.groups[rows[0]].as_py()
+    look = report.before_and_after(record, rows, {name: "x"}, {0: {(name, i): None for i in range(2)}})
+    assert [cell["picture"] for cell in look[0]["draws"][0]["cells"]] == [None, None]
+
+
+def test_a_picture_in_the_page_can_be_read_back(page):
+    data = re.search(r'src="data:image/png;base64,([^"]*)"', page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (5, 6)
+
+
+# -- what looks off
+
+
+def rate(win_rate, low, high):
+    return {"win_rate": win_rate, "low": low, "high": high}
+
+
+def experts(record, **rates):
+    return {name: record.last.numbers["experts"][name] | {"against_base": rate(*found)} for name, found in rates.items()}
+
+
+UP, DOWN, OPEN = (0.7, 0.6, 0.8), (0.3, 0.2, 0.4), (0.52, 0.45, 0.6)
+
+
+def test_nothing_looks_off_where_nothing_does(record):
+    fine = changed(record, prompts=40, against_base=rate(*UP), meters={})
+    assert report.warnings(fine) == []
+    assert report.headline(fine) == ("good", "Better than the base")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"against_base": rate(*DOWN)}, "clip, which was rewarded, rose; the judge, which only watched, prefers the base"),
+        ({"against_base": rate(*OPEN)}, "the judge, which only watched, cannot tell it from the base (52.0 % [45.0, 60.0])"),
+        ({"against_previous": rate(*DOWN)}, "Round 2 lost to round 1: 30.0 % [20.0, 40.0]. Round 1 may be the one to keep."),
+        ({"judge_rewarded": True}, "The judge is itself what was rewarded"),
+        ({"diversity": {"base": 0.5, "before": 0.5, "after": 0.4}}, "Diversity within a prompt fell to 0.80 of the base's"),
+        ({"meters": {"brightness": {"base": 0.2, "after": 0.9}}}, "deviations of the base's pictures: brightness by +"),
+        ({"prompts": 6}, "Only 6 held-out prompts: an interval over so few says little."),
+    ],
+)
+def test_what_looks_off_is_said_in_plain_words(record, numbers, sentence):
+    fine = {"prompts": 40, "against_base": rate(*UP), "meters": {}, "experts": experts(record, clip=UP, taste=OPEN, judge=OPEN)}
+    (warning,) = report.warnings(changed(record, **(fine | numbers)))
+    assert sentence in warning.replace("\u00a0", " ")
+
+
+def fine(record: Record, **last) -> Record:
+    """A record in which nothing looks off but what `last` changes in its last round."""
+    found = changed(record, prompts=40, against_base=rate(*UP), meters={})
+    return replace(found, rounds=[*found.rounds[:-1], replace(found.last, **last)])
+
+
+def test_falling_winners_are_warned_of(record):
+    steps = pa.table({"winner": [0.0, -0.1, -0.2, 0.1]})
+    (warning,) = report.warnings(fine(record, steps=steps))
+    assert warning.startswith("In 67 % of round 2's optimiser steps even the winners were less likely than under the reference")
+
+
+def test_many_missing_scores_are_warned_of_and_few_are_not(record):
+    many, few = (Missing("taste", "round 1, candidates", count, 100, "<too dark>") for count in (3, 2))
+    assert report.warnings(replace(fine(record), missing=[many, few])) == [
+        "taste gave no score for 3 of 100 pictures (round 1, candidates); mostly: <too dark>."
+    ]
+
+
+def test_prompts_without_pairs_are_warned_of(record):
+    (warning,) = report.warnings(fine(record, pair_numbers={"rejected": 3, "groups": 4, "pairs": 1}))
+    assert warning == "Round 2: 3 of 4 prompts gave no pair; lower pair.margin."
+
+
+def test_control_labels_are_warned_of_and_a_watched_expert_that_dislikes_the_pairs(record):
+    swapped = record.last.pairs.rename_columns(
+        ["group", "loser", "winner", "loser_score", "winner_score", "margin"]
+    )
+    control, dislikes = report.warnings(fine(record, pairs=swapped, rule=replace(record.last.rule, labels="swapped")))
+    assert control.startswith("This is a control experiment: the pairs' labels are swapped")
+    assert dislikes.startswith("judge, which only watched, would have ordered most of round 2's pairs the other way round")
+
+
+# -- charts
+
+
+def test_charts_take_their_colours_from_the_page():
+    svg = charts.gains(np.array([0.5, -0.25]), [0], y="gain", about="of <two>")
+    assert "var(--good)" in svg and "var(--bad)" in svg
+    assert not re.search(r"#[0-9a-f]{6}", re.sub(r"#[0-9a-z]*(?=[\")])", "", svg))
+    assert 'aria-label="of &lt;two&gt;"' in svg
+
+
+def test_charts_keep_every_digit_of_their_labels():
+    line = charts.Points("ink", [0, 1], [0.53281, 0.53305], [0.5328, 0.533], [0.53283, 0.5331])
+    labels = re.findall(r">(0\.\d+)<", charts.intervals([line], y="y", about="x"))
+    assert len(labels) == len(set(labels)) > 2
+
+
+def test_long_curves_are_thinned_and_keep_their_mean():
+    values = np.arange(40.0 * charts.MOST_POINTS)
+    thin = charts._thin(values, charts.MOST_POINTS)
+    assert len(thin) == charts.MOST_POINTS
+    assert thin.mean() == pytest.approx(values.mean())
+
+
+def test_running_mean_of_a_constant_is_the_constant():
+    assert np.allclose(charts._smooth(np.full(100, 3.0)), 3.0)
+
+
+def test_a_histogram_without_a_single_score_is_an_empty_chart():
+    assert "<svg" in charts.outlines([("ink", np.full(4, np.nan))], x="x", y="y", about="nothing")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,11 +15,12 @@ from torch import nn
 
 from fashiondpo_pipeline.errors import UserError
 
+Denoiser = Any  # a diffusers model, whose adapter methods come from a mixin that type checkers do not see
 POLICY = "policy"
 FILE = "pytorch_lora_weights.safetensors"
 
 
-def attach(denoiser: nn.Module, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+def attach(denoiser: Denoiser, rank: int, alpha: float, targets: list[str], seed: int) -> None:
     """Give `denoiser` a fresh LoRA called "policy" that changes nothing yet (its B is zero); A is drawn from `seed`."""
     detach(denoiser)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
@@ -34,19 +36,19 @@ def attach(denoiser: nn.Module, rank: int, alpha: float, targets: list[str], see
             parameter.data = parameter.data.float()  # masters in fp32: half-precision AdamW loses small updates
 
 
-def detach(denoiser: nn.Module) -> None:
+def detach(denoiser: Denoiser) -> None:
     """Take the LoRA off again, if there is one."""
     if getattr(denoiser, "peft_config", None):
         denoiser.delete_adapters([POLICY])
         denoiser.unload_lora()
 
 
-def parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+def parameters(denoiser: Denoiser) -> dict[str, nn.Parameter]:
     """The adapter's trainable tensors by name."""
     return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
 
 
-def load(denoiser: nn.Module, folder: Path, targets: list[str] | None = None) -> None:
+def load(denoiser: Denoiser, folder: Path, targets: list[str] | None = None) -> None:
     """Attach the LoRA saved in `folder` (diffusers' format). Raises UserError if it was made for another denoiser."""
     file = folder / FILE
     if not file.is_file():
@@ -54,14 +56,15 @@ def load(denoiser: nn.Module, folder: Path, targets: list[str] | None = None) ->
     try:
         tensors = load_file(file)
     except SafetensorError as problem:
-        raise UserError(f"{file} cannot be read ({problem}): run the round that makes it again, or name another folder") from problem
+        raise UserError(f"{file} cannot be read ({problem}): run its round again, or name another folder") from problem
     weights = {name.removeprefix("unet."): tensor for name, tensor in tensors.items() if name.startswith("unet.")}
     rank, alpha, found = _settings(file, weights)
     attach(denoiser, rank, alpha, targets or found, seed=0)
     places = {name.replace(f".{POLICY}.", "."): w.shape for name, w in denoiser.state_dict().items() if "lora_" in name}
     if places != {name: tensor.shape for name, tensor in weights.items()}:
         detach(denoiser)
-        raise UserError(f"{file} was made for another denoiser ({len(weights)} tensors, {len(places)} places): use its own model")
+        fit = f"{len(weights)} tensors, {len(places)} places"
+        raise UserError(f"{file} was made for another denoiser ({fit}): use its own model")
     set_peft_model_state_dict(denoiser, weights, adapter_name=POLICY)
 
 
@@ -87,7 +90,7 @@ def _settings(file: Path, weights: dict[str, torch.Tensor]) -> tuple[int, float,
     return rank, float(noted.get("unet.lora_alpha", rank)), noted.get("unet.target_modules", targets)
 
 
-def check_shape(denoiser: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+def check_shape(denoiser: Denoiser, rank: int, alpha: float, targets: list[str]) -> None:
     """Raises UserError if the LoRA that a round goes on from is not the one the configuration asks for."""
     config = denoiser.peft_config[POLICY]
     if (config.r, float(config.lora_alpha), sorted(config.target_modules)) != (rank, float(alpha), sorted(targets)):
@@ -98,7 +101,7 @@ def check_shape(denoiser: nn.Module, rank: int, alpha: float, targets: list[str]
 
 
 @contextmanager
-def disabled(denoiser: nn.Module, really: bool = True) -> Iterator[None]:
+def disabled(denoiser: Denoiser, really: bool = True) -> Iterator[None]:
     """The denoiser as it was before its LoRA, bit for bit: the base reference. Nothing happens if not `really`."""
     if not really:
         yield

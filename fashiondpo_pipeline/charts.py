@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -52,7 +53,7 @@ def intervals(lines: Sequence[Points], *, y: str, about: str, level: float | Non
             axes.axhline(level, color=_PLACEHOLDERS["muted"], linewidth=1, linestyle=(0, (4, 3)))
         for line in lines:
             colour = _PLACEHOLDERS[line.colour]
-            face = {"markerfacecolor": _PLACEHOLDERS["card"]} if line.hollow else {}
+            face: dict[str, Any] = {"markerfacecolor": _PLACEHOLDERS["card"]} if line.hollow else {}
             axes.vlines(line.x, line.low, line.high, color=colour, linewidth=1.4, alpha=0.55)
             axes.plot(line.x, line.y, color=colour, linewidth=1.4, marker="o", markersize=4.5, **face)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,16 +1,41 @@
 """fdpo: parses, calls, prints. Nothing heavy is imported until a command needs it."""
 
-import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from fashiondpo_pipeline import __version__
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, disk_is_full
+
+
+class Commands(typer.core.TyperGroup):
+    """A mistake of the user's is one sentence and exit code 1; a bug shows its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as problem:
+            _fail(str(problem))
+        except KeyboardInterrupt:  # here, as typer would end without a word
+            _fail("interrupted: what was finished is kept; the same command goes on from there", code=130)
+        except Exception as problem:
+            if not disk_is_full(problem):
+                raise
+            name = getattr(problem, "filename", None)
+            where = f" ({name})" if name else ""
+            _fail(f"the disk is full{where}: what was finished is kept; make room and run the same command again")
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"fdpo: {message}", file=sys.stderr)
+    sys.exit(code)
+
 
 app = typer.Typer(
+    cls=Commands,
     help="Preference tuning for fashion image generators: sample, score, pair, finetune, evaluate; every stage resumes from disk.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -24,23 +49,8 @@ RoundNumber = Annotated[int | None, typer.Option("--round", "-r", min=1, help="w
 
 
 def main() -> None:
-    """The command `fdpo`: a mistake of the user's is one sentence and exit code 1, a bug shows its traceback."""
-    try:
-        app(standalone_mode=True)
-    except UserError as problem:
-        _fail(str(problem))
-    except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = problem.filename or "the working folder"
-        _fail(f"the disk is full ({where}): what was finished is kept; make room and run the same command again")
-    except KeyboardInterrupt:
-        _fail("interrupted: what was finished is kept; the same command goes on from there", code=130)
-
-
-def _fail(message: str, code: int = 1) -> None:
-    print(f"fdpo: {message}", file=sys.stderr)
-    sys.exit(code)
+    """The command `fdpo`."""
+    app()
 
 
 def _config(config: Path | None, sets: list[str] | None, name: str | None) -> Any:
@@ -67,7 +77,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 @app.command()
 def round(
-    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="how many rounds the run has when this returns; default: rounds in the configuration")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds the run has when this returns; default: as configured")] = None,
     config: ConfigFile = None,
     sets: Sets = None,
     name: RunName = None,
@@ -140,7 +150,7 @@ def rescore(
     """
     from stages import rescoring
 
-    session = _session(config, None, name)
+    session = _session(config, [text for text in sets or [] if not text.startswith("pair.")], name)
     rescoring.run(session, _config(config, sets, name).pair, weights, round)
 
 

@@ -26,9 +26,10 @@ def decode_picture(data: bytes | None, where: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
-            picture = Image.open(io.BytesIO(data))
+            picture: Image.Image = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MOST_PIXELS:
-            raise UserError(f"{where}: {picture.width}x{picture.height} pixels are too many (at most {MOST_PIXELS:,}); shrink it")
+            size = f"{picture.width}x{picture.height}"
+            raise UserError(f"{where}: {size} pixels are too many (at most {MOST_PIXELS:,}); shrink it")
         picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         # Pillow names the buffer by its address, and what a table says must not change from run to run

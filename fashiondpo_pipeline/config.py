@@ -3,6 +3,7 @@
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,7 +89,8 @@ class Sample(Section):
     height: int | None = Field(None, ge=8, description="pixels; null: the model's own")
     width: int | None = Field(None, ge=8, description="pixels; null: the model's own")
     save: SavedSteps = Field(
-        "all", description="steps whose x_t is kept for finetuning: all, a count spread evenly, or a list of step numbers from 0"
+        "all",
+        description="steps whose x_t is kept for finetuning: all, a count spread evenly, or a list of step numbers from 0",
     )
     tile: int = Field(
         32, ge=1, description="rows in each call of a network, always filled up; part of the claim, as kernels round by shape"
@@ -149,9 +151,12 @@ class Finetune(Section):
         "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (candidate, draw)"
     )
     draws: int = Field(8, ge=1, description="fresh noise: draws a candidate, each with its own timestep; 8 or more")
-    min_snr: float | None = Field(None, gt=0, description="diffusion_dpo: weight errors by min(SNR, this)/SNR; usual 5; null: 1")
+    min_snr: float | None = Field(
+        None, gt=0, description="diffusion_dpo: weight errors by min(SNR, this)/SNR; usual 5; null: 1"
+    )
     step_weight: Literal["equal", "density"] = Field(
-        "equal", description="step_dpo: equal scales each step's log-ratio to the median step's sensitivity; density is the bare "
+        "equal",
+        description="step_dpo: equal scales each step's log-ratio to the median step's sensitivity; density is the bare "
         "log-ratio (D3PO), in which the steps of least noise outweigh all others"
     )
     ratio_clip: float | None = Field(
@@ -165,7 +170,9 @@ class Finetune(Section):
     )
     learning_rate: float = Field(1e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
     warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
-    decay: Literal["none", "linear"] = Field("linear", description="of the learning rate after warm-up: none, or linear to 0 at the end")
+    decay: Literal["none", "linear"] = Field(
+        "linear", description="of the learning rate after warm-up: none, or linear to 0 at the end"
+    )
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's, on the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     rank: int = Field(8, ge=1, description="of the LoRA; 4 to 32")
@@ -286,7 +293,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}:{at} is not YAML ({detail})") from problem
 
 
-def load(path: Path | None, overrides: list[str] = (), *, text: str | None = None) -> Config:
+def load(path: Path | None, overrides: Sequence[str] = (), *, text: str | None = None) -> Config:
     """The configuration in a file (defaults where `path` is None) with `section.key=value` overrides laid over it.
 
     Raises UserError with every problem at once, each with its place and, for an unknown key, the nearest known one.
@@ -396,7 +403,7 @@ def template(config: Config | None = None) -> str:
             lines += ["", f"{name}:  # {_first_line(type(value))}"]
             lines += _knobs(value, "  ")
         elif name == "experts":
-            lines += ["", "experts:  # name -> kind and options. `pair.weights` says which are rewarded; the others are watched."]
+            lines += ["", "experts:  # name -> kind and options; `pair.weights` says which are rewarded, the rest is watched"]
             for expert, section in value.items():
                 lines += [f"  {expert}:", *_plain(section.model_dump(mode="json"), "    ")]
         else:

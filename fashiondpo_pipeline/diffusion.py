@@ -55,7 +55,7 @@ def noise_between(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> Te
 
 
 def target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What a perfect prediction is: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.  Salimans & Ho 2022 (2202.00512)."""
+    """A perfect prediction: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.  Salimans & Ho 2022 (2202.00512)."""
     if schedule.prediction == EPSILON:
         return eps
     a = schedule.at(t)

@@ -1,4 +1,4 @@
-"""Score tables laid out as a grid: one row a group, one column a candidate, so that choosing pairs needs no loop over groups."""
+"""Score tables as a grid: a row for each group, a column for each candidate, so that no loop over groups chooses pairs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +39,8 @@ class Grid:
 def _lay(table: pa.Table, groups: pa.Array, k: int, name: str) -> np.ndarray:
     rows = pc.index_in(table["group"], groups)
     if rows.null_count:
-        raise UserError(f"scores of '{name}': {rows.null_count} rows belong to no candidate; `fdpo status --verify` finds the file")
+        strangers = f"{rows.null_count} rows belong to no candidate"
+        raise UserError(f"scores of '{name}': {strangers}; `fdpo status --verify` finds the file")
     grid = np.full((len(groups), k), np.nan)
     grid[rows.to_numpy(), table["candidate"].to_numpy()] = table["score"].to_numpy()
     return grid
@@ -51,8 +52,8 @@ class Chooser:
     def __init__(self, grid: Grid, rule: Rule):
         self.grid, self.rule = grid, rule
         rewarded = {name: grid.scores[name] for name, weight in rule.weights.items() if weight > 0}
-        self._spread = {name: Spread.of(s, rule.normalise == "rank") if rule.over == "all" else None for name, s in rewarded.items()}
-        self.normal = {name: preferences.normalise(s, rule.normalise, self._spread[name]) for name, s in rewarded.items()}
+        spread = {name: Spread.of(s, rule.normalise == "rank") if rule.over == "all" else None for name, s in rewarded.items()}
+        self.normal = {name: preferences.normalise(s, rule.normalise, spread[name]) for name, s in rewarded.items()}
         self.mixed = preferences.mix(self.normal, rule.weights)  # (g, k)
         split = rule.select == "median_split" and bool(np.isfinite(self.mixed).any())
         self._threshold = float(np.nanmedian(self.mixed)) if split else 0.0

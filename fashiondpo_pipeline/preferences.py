@@ -4,6 +4,7 @@ Scores live in a grid (g, k): one row a group, one column a candidate, NaN where
 A missing score is missing: it takes the candidate out of the pairs, it is never a zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,17 +116,16 @@ def _ranks_over_all(scores: np.ndarray, spread: Spread) -> np.ndarray:
 def mix(scores: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
     """Weighted mean of normalised experts, (g, k); NaN where any expert with a weight has no score."""
     total = sum(weights.values())
-    return sum(weight / total * scores[name] for name, weight in weights.items() if weight > 0)
+    return np.sum([weight / total * scores[name] for name, weight in weights.items() if weight > 0], axis=0)
 
 
-def choose(mixed: np.ndarray, rule: Rule, threshold: float | None = None) -> Pairs:
+def choose(mixed: np.ndarray, rule: Rule, threshold: float = 0.0) -> Pairs:
     """The pairs that `rule` makes of mixed scores (g, k), widest first within a group.
 
     threshold: the median of every mixed score, for `median_split`. Ties and pairs within the margin are left out.
     """
-    pairs = {"all": _every, "best_worst": _mirror, "mirror": _mirror, "median_split": _split}[rule.select](
-        mixed, rule.margin, *([threshold] if rule.select == "median_split" else [])
-    )
+    select = {"all": _every, "best_worst": _mirror, "mirror": _mirror, "median_split": _split}[rule.select]
+    pairs = select(mixed, rule.margin, threshold)
     order = np.lexsort((-pairs.margin, pairs.group))  # stable: equal margins stay in the order of their candidates
     pairs = pairs[order]
     per_group = {"best_worst": 1, "mirror": rule.per_group or MIRROR_PAIRS}.get(rule.select, rule.per_group)
@@ -136,7 +136,7 @@ def choose(mixed: np.ndarray, rule: Rule, threshold: float | None = None) -> Pai
     return pairs
 
 
-def _every(mixed: np.ndarray, margin: float) -> Pairs:
+def _every(mixed: np.ndarray, margin: float, _: float) -> Pairs:
     """All pairs of a group that are no tie and at least the margin apart."""
     found = []
     for first in range(mixed.shape[1]):
@@ -150,7 +150,7 @@ def _every(mixed: np.ndarray, margin: float) -> Pairs:
     return _pairs(found)
 
 
-def _mirror(mixed: np.ndarray, margin: float) -> Pairs:
+def _mirror(mixed: np.ndarray, margin: float, _: float) -> Pairs:
     """Best against worst, second best against second worst, and so on inwards."""
     order = np.argsort(-np.nan_to_num(mixed, nan=-np.inf), axis=1, kind="stable")  # missing scores go last
     known = np.isfinite(mixed).sum(1)
@@ -166,14 +166,15 @@ def _mirror(mixed: np.ndarray, margin: float) -> Pairs:
 
 def _split(mixed: np.ndarray, margin: float, threshold: float) -> Pairs:
     """Everything at or above the threshold against everything below it."""
-    pairs = _every(mixed, margin)
+    pairs = _every(mixed, margin, threshold)
     keep = (mixed[pairs.group, pairs.winner] >= threshold) & (mixed[pairs.group, pairs.loser] < threshold)
     return pairs[keep]
 
 
-def _pairs(found: list[tuple[np.ndarray, ...]]) -> Pairs:
+def _pairs(found: Sequence[tuple[np.ndarray, ...]]) -> Pairs:
     if not found:
-        return Pairs(*(np.empty(0, int) for _ in range(3)), np.empty(0))
+        nobody = np.empty(0, int)
+        return Pairs(nobody, nobody, nobody, np.empty(0))
     return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 

@@ -500,8 +500,8 @@ def win_rate_chart(record: Record) -> Markup:
         rates = [r.numbers["experts"][name]["against_base"] for r in record.rounds]
         beside = 0.05 * (number - (len(names) - 1) / 2)  # bars of the same round must not hide each other
         places = [r.number + beside for r in record.rounds]
-        heights = [[100 * rate[part] for rate in rates] for part in ("win_rate", "low", "high")]
-        lines.append(Points(colour_of(record, name), places, *heights, hollow=name not in record.last.rewarded))
+        middle, low, high = ([100 * rate[part] for rate in rates] for part in ("win_rate", "low", "high"))
+        lines.append(Points(colour_of(record, name), places, middle, low, high, hollow=name not in record.last.rewarded))
     return charts.intervals(lines, y="win rate over the base, %", level=50, about="Win rate over the base by round")
 
 
@@ -514,7 +514,8 @@ def _mean_chart(record: Record, name: str) -> Markup:
     grids = [record.base, *(r.held_out for r in record.rounds)]
     coverage, seed = record.config.evaluate.interval, key(record.config.seed, "report", name)
     found = np.array([statistics.bootstrap(grid.scores[name], seed, RESAMPLES, coverage) for grid in grids])
-    line = Points(colour_of(record, name), range(len(grids)), *found.T, hollow=name not in record.last.rewarded)
+    middle, low, high = found.T
+    line = Points(colour_of(record, name), range(len(grids)), middle, low, high, hollow=name not in record.last.rewarded)
     about = f"Mean {name} on held-out pictures by round"
     return charts.intervals([line], y=f"mean {name}", level=float(found[0, 0]), about=about)
 

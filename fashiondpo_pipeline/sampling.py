@@ -1,6 +1,6 @@
 """Drawing candidates with everything finetuning needs: our own DDIM loop over any denoiser."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def sample(
     shape: tuple[int, int, int],
     *,
     eta: float,
-    save: list[int] = (),
+    save: Sequence[int] = (),
     tile: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Trajectory:
@@ -72,14 +72,14 @@ def sample(
     Where a path is kept, the walk itself runs on fp16 values of x_t: what lies on disk is then the path, not a copy of it.
     """
     tile = tile or len(generators)
-    parts = []
+    parts: list[dict[str, Tensor]] = []
     for start in range(0, len(generators), tile):
         rows = slice(start, start + tile)
         count = len(generators[rows])
-        parts.append(_walk(denoise, schedule, _fill(condition.rows(rows), tile), generators[rows], shape, eta, save, tile, device))
-        parts[-1] = Trajectory(*(value[:count] if value is not None else None for value in vars(parts[-1]).values()))
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Trajectory(*(torch.cat(column) if column[0] is not None else None for column in columns))
+        filled = _fill(condition.rows(rows), tile)
+        part = _walk(denoise, schedule, filled, generators[rows], shape, eta, save, tile, device)
+        parts.append({name: value[:count] for name, value in vars(part).items() if value is not None})
+    return Trajectory(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _fill(condition: Condition, tile: int) -> Condition:
@@ -97,7 +97,7 @@ def _walk(
     generators: list[torch.Generator],
     shape: tuple[int, int, int],
     eta: float,
-    save: list[int],
+    save: Sequence[int],
     tile: int,
     device: torch.device | str,
 ) -> Trajectory:

@@ -52,7 +52,7 @@ def trajectories(channels: int, height: int, width: int) -> pa.Schema:
         ("x_t", pa.list_(pa.binary(latent)), "latent before each saved step"),
         ("x_prev", pa.list_(pa.binary(latent)), "latent after each saved step"),
         ("x_0", pa.binary(latent), "the finished latent, as the VAE's decoder is given it times scaling_factor"),
-        ("log_prob", pa.list_(pa.float64()), "ln p(x_prev | x_t) summed over dimensions, nats; null where eta gives no density"),
+        ("log_prob", pa.list_(pa.float64()), "ln p(x_prev | x_t) summed over dimensions, nats; null: no density"),
         ("error", pa.list_(pa.float32()), "mean squared error of the conditional prediction at x_t against its own x_0"),
         about="what finetuning needs, so that it runs no reference forward",
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -49,8 +50,14 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], righ
         table.add_column(column, justify="left" if number == 0 or not right else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = stdout if sys.stdout.isatty() else Console(width=200, soft_wrap=True, highlight=False, markup=False)
-    console.print(table)
+    whole = Measurement.get(stdout, stdout.options.update_width(10_000), table).maximum
+    # wider than the terminal where the table is: lines break there, while rich would cut figures
+    Console(width=max(width(), whole), soft_wrap=True, highlight=False, markup=False).print(table)
+
+
+def width() -> int:
+    """Letters in a line of stdout; plenty where it is no terminal."""
+    return stdout.width if sys.stdout.isatty() else 200
 
 
 def size(count: float) -> str:

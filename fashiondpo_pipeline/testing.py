@@ -31,7 +31,7 @@ def tiny_tokenizer(folder: Path) -> Any:
 
 
 def tiny_stable_diffusion(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
-    """A Stable Diffusion pipeline of some 60,000 random parameters, 16x16 pictures from 4x8x8 latents, as a diffusers folder."""
+    """A Stable Diffusion pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -70,9 +70,11 @@ def tiny_clip(folder: Path, seed: int = 1) -> Path:
     model = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 16, "head_width": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": len(tokenizer), "hf_tokenizer_name": "here", "pool_type": "argmax", **size},
+        "text_cfg": {"context_length": 16, "vocab_size": len(tokenizer), "hf_tokenizer_name": "here", "pool_type": "argmax",
+                     **size},
     }
-    see = {"size": 16, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    see = {"size": 16, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+           "resize_mode": "shortest"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": see}))
     torch.manual_seed(seed)
     save_file(CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
@@ -104,7 +106,8 @@ def check_expert(expert: Expert, rows: list[dict], device: str = "cpu", prepared
     assert len(scores) == len(rows), f"{len(scores)} scores for {len(rows)} rows: one for each"
     low, high = expert.range
     for score in scores:
-        assert math.isnan(score) or low - 1e-6 <= score <= high + 1e-6, f"score {score} is outside the declared range {expert.range}"
+        inside = math.isnan(score) or low - 1e-6 <= score <= high + 1e-6
+        assert inside, f"score {score} is outside the declared range {expert.range}"
     _assert_same(scores, [_score(o) for o in expert(rows)], "asked twice, it gives other scores")
     _assert_same(scores[::-1], [_score(o) for o in expert(rows[::-1])], "scores depend on the order of rows")
     _assert_same(scores, [_score(expert([row])[0]) for row in rows], "scores depend on the other rows of a batch")

@@ -9,7 +9,7 @@ def saved_steps(save: str | int | list[int], steps: int) -> list[int]:
     >>> saved_steps(4, 10), saved_steps([8, 2], 10)
     ([0, 3, 6, 9], [2, 8])
     """
-    if save == "all":
+    if isinstance(save, str):  # "all"
         return list(range(steps))
     if isinstance(save, int):
         if save > steps:

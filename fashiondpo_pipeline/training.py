@@ -1,7 +1,7 @@
 """Group-batched preference training: each candidate goes through the denoiser once for all pairs it is in.
 
-A unit is one group at one saved step (or draw): its candidates share the timestep, its pairs are formed from one number a candidate.
-An optimiser step takes several units; micro-batches are made of whole units, so accumulation changes nothing.
+A unit is one group at one saved step (or draw): its candidates share the timestep, and its pairs are formed from one number
+for each of them. An optimiser step takes several units; micro-batches are whole units, so accumulation changes nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Batch:
-    """n rows for the denoiser and the p pairs among them. rows, columns (n,): place in the store; winner, loser (p,) into 0..n-1."""
+    """n rows for the denoiser and the p pairs among them.
+
+    rows, columns (n,): place in the store. winner, loser (p,): into 0..n-1.
+    """
 
     rows: np.ndarray
     columns: np.ndarray
@@ -64,7 +67,9 @@ def groups_of(names: np.ndarray, winner: np.ndarray, loser: np.ndarray, place: d
     return found
 
 
-def schedule_of(groups: list[Group], columns: int, epochs: int, groups_a_step: int, columns_a_step: int, *key: str | int) -> Iterator[tuple[int, list[Unit]]]:
+def schedule_of(
+    groups: list[Group], columns: int, epochs: int, groups_a_step: int, columns_a_step: int, *key: str | int
+) -> Iterator[tuple[int, list[Unit]]]:
     """(epoch, units) of each optimiser step: groups in a new order each epoch, each with its own draw of columns.
 
     The order depends on the key alone, so a resumed training sees what an uninterrupted one would have seen.

@@ -128,14 +128,25 @@ def _nearest(text: str, prompts: dict[str, str]) -> str:
 
 # -- text for the terminal
 
-def cells(rows: pa.Table, prompts: dict[str, str]) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows) of what is worth reading, the prompt in place of its key."""
+def cells(rows: pa.Table, prompts: dict[str, str], width: int = 200) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) of what is worth reading, the prompt in place of its key and as long as `width` leaves room for."""
     empty = {name for name in _UNLESS_SAID & set(rows.column_names) if rows[name].null_count == len(rows)}
     names = [name for name in rows.column_names if name not in _HIDDEN | empty]
     columns = [_texts(rows[name]) for name in names]
+    room = width - _wide(names, columns)
+    if room < LETTERS // 3:
+        names = [name.replace("_", "_\n", 1) for name in names]
+        room = max(width - _wide(names, columns), LETTERS // 3)
     if "group" in rows.column_names:
-        names, columns = ["prompt", *names], [[shorten(prompts[key]) for key in rows["group"].to_pylist()], *columns]
+        texts = [shorten(prompts[key], min(room, LETTERS)) for key in rows["group"].to_pylist()]
+        names, columns = ["prompt", *names], [texts, *columns]
     return names, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _wide(heads: list[str], columns: list[list[str]]) -> int:
+    """Letters that columns take, with the two blanks before each."""
+    lines = [[*head.split("\n"), *column] for head, column in zip(heads, columns, strict=True)]
+    return sum(2 + max(map(len, texts)) for texts in lines)
 
 
 def _texts(column: pa.ChunkedArray) -> list[str]:
@@ -147,14 +158,14 @@ def _texts(column: pa.ChunkedArray) -> list[str]:
     return ["-" if x is None or np.isnan(x) else format(x, digits) for x in values]
 
 
-def shorten(text: str) -> str:
-    """One line of at most LETTERS letters; no control characters, which a terminal would obey.
+def shorten(text: str, letters: int = LETTERS) -> str:
+    """One line of at most so many letters; no control characters, which a terminal would obey.
 
     >>> shorten("a red  dress\\x1b[2J")
     'a red dress\N{REPLACEMENT CHARACTER}[2J'
     """
     line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
-    return line if len(line) <= LETTERS else line[: LETTERS - 1].rstrip() + "…"
+    return line if len(line) <= letters else line[: letters - 1].rstrip() + "…"
 
 
 def by_kind(reasons: dict[str, str], prompts: dict[str, str]) -> tuple[list[str], list[list[str]]]:

@@ -89,15 +89,16 @@ class Output:
     def __init__(self, folder: Path, claim: dict, inputs: dict[str, Path]):
         self.folder, self.claim, self.inputs = folder, claim, inputs
         self.parts, self.work = folder / "parts", folder / "work"
-        self.started = time.monotonic()
+        self.started, self.earlier = time.monotonic(), 0.0
 
     def open(self) -> None:
-        """Make the folders, and clear what a killed writer left half done."""
+        """Make the folders, clear what a killed writer left half done, and remember how long the shards that are there took."""
         self.parts.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
         for leftover in self.folder.rglob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_json(self.folder / "claim.json", self.claim)
+        self.earlier = sum(receipt["seconds"] for receipt in self._receipts())
 
     # -- shards
 
@@ -130,14 +131,12 @@ class Output:
 
     def finish(self, numbers: dict | None = None) -> None:
         """Write the manifest: from now on, and not before, this step is done."""
-        receipts = {path.stem: read_json(path) for path in sorted(self.parts.glob("*.json"))}
-        files = {name: info for receipt in receipts.values() for name, info in receipt["files"].items()}
         others = {
             path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and not {"parts", "work"} & set(path.relative_to(self.folder).parts)
         }
-        seconds = round(time.monotonic() - self.started, 3) + sum(r["seconds"] for r in receipts.values())
+        seconds = round(time.monotonic() - self.started + self.earlier, 3)
         shutil.rmtree(self.work)
         write_json(
             self.folder / "manifest.json",
@@ -145,7 +144,7 @@ class Output:
                 "claim": self.claim,
                 "inputs": {role: path.parent.name + "/" + path.name for role, path in self.inputs.items()},
                 "numbers": numbers or {},
-                "files": files | others,
+                "files": _listed(self._receipts()) | others,
                 "seconds": seconds,
                 "versions": versions(),
                 "git": git_commit(),
@@ -153,9 +152,10 @@ class Output:
         )
 
     def verify(self) -> list[tuple[str, int | None]]:
-        """(what is wrong, shard) of each file that is missing, cut short or altered since the manifest was written."""
+        """(what is wrong, shard) of each file that is missing, cut short or altered since it was written, in a begun step too."""
+        done = (self.folder / "manifest.json").is_file()
         wrong = []
-        for name, info in self.manifest["files"].items():
+        for name, info in (self.manifest["files"] if done else _listed(self._receipts())).items():
             part = self.parts / name
             shard = int(part.stem.rpartition("-")[2]) if "/" not in name and name.endswith(".parquet") else None
             path = part if shard is not None else self.folder / name
@@ -166,6 +166,9 @@ class Output:
             elif hash_file(path) != info["sha256"]:
                 wrong.append((f"{path}: altered", shard))
         return wrong
+
+    def _receipts(self) -> list[dict]:
+        return [read_json(path) for path in sorted(self.parts.glob("*.json"))]
 
     # -- reading
 
@@ -188,8 +191,12 @@ class Output:
         return Output(self.inputs[role], {}, {})
 
 
+def _listed(receipts: list[dict]) -> dict[str, dict]:
+    return {name: info for receipt in receipts for name, info in receipt["files"].items()}
+
+
 def write_json(path: Path, value: Any) -> None:
-    _put(path, lambda draft: draft.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"))
+    replace_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -227,6 +234,10 @@ def replace_text(path: Path, text: str) -> None:
     _put(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    _put(path, lambda draft: draft.write_bytes(data))
+
+
 def save_file(path: Path, save: Any) -> None:
     """Let `save(draft)` write a file, then rename it to `path`: whole or not at all."""
     _put(path, save)
@@ -239,8 +250,10 @@ def _put(path: Path, write: Any) -> None:
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
+    except BaseException as problem:
         draft.unlink(missing_ok=True)  # a full disk must not stay full because of us
+        if isinstance(problem, OSError):
+            problem.filename = problem.filename or str(path)  # a write names no file, and which disk is full matters
         raise
 
 

@@ -4,12 +4,13 @@
 done, stale or missing is then a matter of looking whether its folder has a manifest. Stages meet on disk only.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fashiondpo_pipeline import experts
 from fashiondpo_pipeline.config import Config, Pair
@@ -21,25 +22,36 @@ from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, read
 from fashiondpo_pipeline.registry import GENERATORS, OBJECTIVES
 from fashiondpo_pipeline.workspace import Output, Run, Step
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # what else names a model is a path
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
 VERSIONS = {"prepare": 1, "sample": 1, "embed": 1, "score": 1, "pair": 1, "finetune": 1, "evaluate": 1}
 
 
 @dataclass(frozen=True)
-class Round:
-    """One round's steps. Round 0 is the base: only held-out draws and their scores."""
+class Watched:
+    """Held-out draws and their scores: all there is of round 0, the base."""
 
     number: int
     held_out: Step
     held_out_embeddings: dict[str, Step]
     held_out_scores: dict[str, Step]
-    sample: Step | None = None
-    embeddings: dict[str, Step] | None = None
-    scores: dict[str, Step] | None = None
-    pair: Step | None = None
-    finetune: Step | None = None
-    evaluate: Step | None = None
+
+    @property
+    def watching(self) -> list[Step]:
+        return [self.held_out, *self.held_out_embeddings.values(), *self.held_out_scores.values()]
+
+
+@dataclass(frozen=True)
+class Round(Watched):
+    """One round's steps."""
+
+    sample: Step
+    embeddings: dict[str, Step]
+    scores: dict[str, Step]
+    pair: Step
+    finetune: Step
+    evaluate: Step
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Chain:
 
     config: Config
     prepared: dict[str, Step]
-    rounds: list[Round]
+    rounds: list[Round]  # rounds[0] is the base, a Watched
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -58,11 +70,9 @@ class Chain:
     def of(self, number: int) -> list[Step]:
         """The steps of one round; round 0 begins with what the experts prepare."""
         r = self.rounds[number]
-        watched = [r.held_out, *r.held_out_embeddings.values(), *r.held_out_scores.values()]
         if number == 0:
-            return [*self.prepared.values(), *watched]
-        made = [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune]
-        return [*made, *watched, r.evaluate]
+            return [*self.prepared.values(), *r.watching]
+        return [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune, *r.watching, r.evaluate]
 
 
 class Session:
@@ -71,7 +81,7 @@ class Session:
     def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None):
         self.config, self.say = config, say
         self.run = Run(root or Path("runs") / config.name)
-        self.track = track or (lambda items, text, total: items)
+        self.track = track or (lambda items, text, total, done=0: items)
         self._experts = {name: experts.make(name, e.use, e.options) for name, e in config.experts.items()}
         self._loaded: tuple[str, Any] | None = None
         self._adapter: Path | None = None
@@ -93,7 +103,7 @@ class Session:
     def generator_identity(self) -> str:
         g = self.config.generator
         where = locate(g.model)
-        if g.model.startswith(PREFIX) or where.exists():
+        if g.model.startswith(PREFIX) or where.exists() or not HUB_ID.fullmatch(g.model):
             return hash_path(where, "generator.model")
         return f"{g.model}@{g.revision or 'main'}"
 
@@ -183,33 +193,44 @@ class _Builder:
         OBJECTIVES.check(self.config.finetune.objective)
         if self.config.sample.candidates < 2:
             raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
+        self.check_needs()
+
+    def check_needs(self) -> None:
+        """Raises UserError if the prompts lack a column that an expert reads: now, not after hours of sampling."""
+        rows = [row for found in self.session.prompts.values() for row in found.rows]
+        have = set.intersection(*map(set, rows)) | {"candidate", "picture", "embedding"}
+        lacking = [f"expert '{name}' needs the column '{need}', which the prompts do not have: add it, or drop the expert"
+                   for name in self.config.experts for need in self.session.make(name).needs if need not in have]
+        if lacking:
+            raise UserError("\n".join(lacking))
 
     def chain(self, rounds: int) -> Chain:
         prepared = {name: self.prepare(name) for name in self.config.experts if hasattr(self.session.make(name), "prepare")}
-        chain = Chain(self.config, prepared, [self.base(prepared)])
+        chain = Chain(self.config, prepared, [cast(Round, self.base(prepared))])
         for number in range(1, rounds + 1):
             chain.rounds.append(self.round(number, chain.rounds[-1], chain.rounds[0], prepared))
         return chain
 
-    def base(self, prepared: dict[str, Step]) -> Round:
+    def base(self, prepared: dict[str, Step]) -> Watched:
         held_out = self.draw(0, HELD_OUT, None)
         embeddings = self.embed(held_out)
-        return Round(0, held_out, embeddings, self.scores(held_out, embeddings, prepared))
+        return Watched(0, held_out, embeddings, self.scores(held_out, embeddings, prepared))
 
-    def round(self, number: int, before: Round, base: Round, prepared: dict[str, Step]) -> Round:
-        sample = self.draw(number, TRAIN, before.finetune)
+    def round(self, number: int, before: Watched, base: Watched, prepared: dict[str, Step]) -> Round:
+        adapter = before.finetune if isinstance(before, Round) else None
+        sample = self.draw(number, TRAIN, adapter)
         embeddings = self.embed(sample)
         scores = self.scores(sample, embeddings, prepared)
         section = self.pairs.get(number, self.config.pair)
         rewarded = {f"score-{name}": scores[name] for name, weight in section.weights.items() if weight > 0}
         labels = {"seed": self.config.seed} if section.labels == "random" else {}
         pair = Step("pair", "pair", number, VERSIONS["pair"], section.model_dump() | labels, {"sample": sample, **rewarded})
-        finetune = self.finetune(number, sample, pair, before.finetune)
+        finetune = self.finetune(number, sample, pair, adapter)
         held_out = self.draw(number, HELD_OUT, finetune)
         watched = self.embed(held_out)
-        judged = self.scores(held_out, watched, prepared)
-        done = Round(number, held_out, watched, judged, sample, embeddings, scores, pair, finetune)
-        return Round(**{**vars(done), "evaluate": self.evaluate(number, base, before, done, section)})
+        after = Watched(number, held_out, watched, self.scores(held_out, watched, prepared))
+        evaluate = self.evaluate(base, before, after, section, {"pair": pair, "finetune": finetune})
+        return Round(**vars(after), sample=sample, embeddings=embeddings, scores=scores, pair=pair, finetune=finetune, evaluate=evaluate)
 
     def draw(self, number: int, split: str, adapter: Step | None) -> Step:
         s, e, held_out = self.config.sample, self.config.evaluate, split == HELD_OUT
@@ -276,13 +297,12 @@ class _Builder:
         files = {"generator": self.session.generator_identity}
         return Step("finetune", "finetune", number, VERSIONS["finetune"], config | self.generator, inputs, files)
 
-    def evaluate(self, number: int, base: Round, before: Round, done: Round, section: Pair) -> Step:
+    def evaluate(self, base: Watched, before: Watched, after: Watched, section: Pair, inputs: dict[str, Step]) -> Step:
         e = self.config.evaluate
         config = {"judge": e.judge, "bootstrap": e.bootstrap, "interval": e.interval, "seed": self.config.seed,
                   "weights": section.weights, "experts": list(self.config.experts)}
-        inputs = {"pair": done.pair, "finetune": done.finetune}
-        for role, r in (("base", base), ("before", before), ("after", done)):
-            inputs[role] = r.held_out
+        for role, r in (("base", base), ("before", before), ("after", after)):
+            inputs = inputs | {role: r.held_out}
             inputs |= {f"{role}-embed-{i}": step for i, step in enumerate(r.held_out_embeddings.values())}
             inputs |= {f"{role}-score-{name}": step for name, step in r.held_out_scores.items()}
-        return Step("evaluate", "evaluate", number, VERSIONS["evaluate"], config, inputs)
+        return Step("evaluate", "evaluate", after.number, VERSIONS["evaluate"], config, inputs)

@@ -13,7 +13,8 @@ from fashiondpo_pipeline.workspace import Output, Step
 
 def run(session, step: Step, out: Output) -> None:
     candidates = out.input("sample")
-    tower = Tower(*step.args["tower"], device=session.device)
+    model, pretrained = step.args["tower"]
+    tower = Tower(model, pretrained, session.device)
     shards = candidates.shards("candidates")
     for shard in session.track(shards, f"round {step.round} {step.name}", len(shards)):
         if out.has(shard):

@@ -72,17 +72,24 @@ def _diversity(out: Output, role: str) -> float | None:
     if f"{role}-embed-0" not in out.inputs:
         return None
     table = out.input(f"{role}-embed-0").table("embeddings").sort_by([("group", "ascending"), ("candidate", "ascending")])
-    if table["embedding"].null_count:
+    broken = set(table.filter(table["embedding"].is_null())["group"].to_pylist())  # groups with a picture that cannot be read
+    table = table.filter([group not in broken for group in table["group"].to_pylist()])
+    if not len(table):
         return None
-    vectors = np.stack(table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1))
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
     found = statistics.diversity(vectors.reshape(len(set(table["group"].to_pylist())), -1, vectors.shape[1]).astype(np.float64))
     return found if found == found else None
 
 
 def _meters(out: Output, role: str) -> pa.Table:
     table = out.input(role).table("candidates", ["group", "candidate", "picture"])
-    values = [
-        statistics.meters(np.asarray(decode_picture(row["picture"]["bytes"], f"{row['group']}/{row['candidate']}")))
-        for row in table.to_pylist()
-    ]
+    values = [measure(row["picture"]["bytes"], f"{row['group']}/{row['candidate']}") for row in table.to_pylist()]
     return pa.table([table["group"], table["candidate"], *zip(*values, strict=True)], schema=schemas.METERS)
+
+
+def measure(data: bytes, where: str) -> tuple[float, ...]:
+    """A picture's meters; NaN where it cannot be read, which the experts' missing scores have told."""
+    try:
+        return statistics.meters(np.asarray(decode_picture(data, where)))
+    except UserError:
+        return (float("nan"),) * 4

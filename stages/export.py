@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.workspace import write_json
 from stages import Session
 from stages.single import finished
@@ -10,6 +11,8 @@ from stages.single import finished
 
 def run(session: Session, folder: Path, number: int | None, pairs: str | None) -> None:
     step, number = finished(session, number, pairs)
+    if step is None:
+        raise UserError("round 0 is the base: it has no LoRA to export")
     manifest = session.output(step).manifest
     folder.mkdir(parents=True, exist_ok=True)
     for file in (session.run.root / step.folder / "adapter").iterdir():

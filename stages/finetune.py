@@ -42,7 +42,8 @@ def run(session, step: Step, out: Output) -> None:
     weights = adapters.parameters(generator.denoiser)
     optimiser = torch.optim.AdamW(weights.values(), lr=knobs.learning_rate, weight_decay=knobs.weight_decay)
     scaler = torch.amp.GradScaler(generator.device.type, enabled=knobs.precision == "fp16")
-    loss = partial(objective.loss, beta=knobs.beta, **({"ratio_clip": knobs.ratio_clip} if knobs.ratio_clip and objective.signal == "log_prob" else {}))
+    clip = {"ratio_clip": knobs.ratio_clip} if objective.signal == "log_prob" else {}
+    loss = partial(objective.loss, beta=knobs.beta, **clip)
 
     def signal(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         with autocast(generator.device, knobs.precision):

@@ -23,8 +23,9 @@ def run(
     generator = session.generator(adapter)
     guidance = knobs.guidance if guidance is None else guidance
     row = {"group": "", "prompt": prompt}
+    condition = generator.condition([row] * count, guidance, knobs.negative)
     path = sample(
-        generator.denoise, generator.schedule(steps or knobs.steps), generator.condition([row] * count, guidance, knobs.negative),
+        generator.denoise, generator.schedule(steps or knobs.steps), condition,
         [torch.Generator().manual_seed(seed + i) for i in range(count)], generator.latent_shape,
         eta=knobs.eta if eta is None else eta, tile=min(count, knobs.tile), device=generator.device,
     )

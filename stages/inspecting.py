@@ -16,7 +16,7 @@ from fashiondpo_pipeline.opinions import Opinions
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN
 from fashiondpo_pipeline.registry import did_you_mean
-from fashiondpo_pipeline.terminal import show, size
+from fashiondpo_pipeline.terminal import show, size, width
 from fashiondpo_pipeline.workspace import Step, replace_text
 from stages import Round, Session
 from stages.single import last, most_rounds, saved_pairs
@@ -120,11 +120,16 @@ def _needs(r: Round, asked: Question, section: Pair) -> list[Step]:
     """What must be done before the table can be shown; for scores, the opinion of every rewarded expert."""
     drawn, scores = _drawn(r, asked)
     rewarded = [scores[name] for name, weight in section.weights.items() if weight > 0]
-    return {"candidates": [drawn], "scores": [drawn, *rewarded], "pairs": [drawn, r.pair], "steps": [r.finetune]}[asked.table]
+    needs: dict[str, list[Step | None]] = {
+        "candidates": [drawn], "scores": [drawn, *rewarded], "pairs": [drawn, r.pair], "steps": [r.finetune]
+    }
+    return [step for step in needs[asked.table] if step]
 
 
 def _drawn(r: Round, asked: Question) -> tuple[Step, dict[str, Step]]:
-    return (r.held_out, r.held_out_scores) if asked.held_out else (r.sample, r.scores)
+    if asked.held_out:
+        return r.held_out, r.held_out_scores
+    return r.sample, r.scores
 
 
 class Shelf:
@@ -148,7 +153,12 @@ class Shelf:
     def title(self) -> str:
         parts = [f"{self.session.run.root}", f"round {self.round.number}"]
         parts += ["held-out"] if self.asked.held_out else []
-        return " · ".join(parts + ([f"pairs {self.round.pair.fingerprint}"] if self.asked.table == "pairs" else []))
+        return " · ".join(parts + ([f"pairs {self.pair.fingerprint}"] if self.asked.table == "pairs" else []))
+
+    @property
+    def pair(self) -> Step:
+        assert self.round.pair
+        return self.round.pair
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -173,7 +183,7 @@ class Shelf:
         return views.scores(self.opinions, self._kept(), self._experts()), len(self.opinions.candidates)
 
     def pairs(self) -> tuple[pa.Table, int]:
-        everything = rows = self.session.output(self.round.pair).table("pairs")
+        everything = rows = self.session.output(self.pair).table("pairs")
         judged = "margin"
         if self.asked.groups:
             rows = rows.filter(self._in_groups(rows["group"]))
@@ -193,20 +203,20 @@ class Shelf:
 
     @property
     def paired(self) -> bool:
-        return not self.asked.held_out and self.session.run.done(self.round.pair)
+        return not self.asked.held_out and self.session.run.done(self.pair)
 
     def pairs_of(self, groups: pa.Array) -> list[dict]:
         """Every pair that some groups gave."""
         if not self.paired:
             return []
-        rows = self.session.output(self.round.pair).table("pairs", ["group", "winner", "loser", "margin"])
+        rows = self.session.output(self.pair).table("pairs", ["group", "winner", "loser", "margin"])
         return rows.filter(pc.is_in(rows["group"], value_set=groups)).to_pylist()
 
     def reasons(self) -> dict[str, str]:
         """Why groups gave no pair, of those that were asked for."""
         if not self.paired:
             return {}
-        rows = self.session.output(self.round.pair).table("rejects")
+        rows = self.session.output(self.pair).table("rejects")
         rows = rows.filter(self._in_groups(rows["group"])) if self.asked.groups else rows
         return {row["group"]: row["reason"] for row in rows.to_pylist()}
 
@@ -262,7 +272,7 @@ def _print(shelf: Shelf, rows: pa.Table, total: int) -> None:
     asked, say = shelf.asked, shelf.session.say
     shown = asked.first(rows, SHOWN)
     count = f"{len(rows):,} of {total:,}" if len(rows) < total else f"{total:,}"
-    show(f"{shelf.title} · {count} {asked.table}", *views.cells(shown, shelf.prompts))
+    show(f"{shelf.title} · {count} {asked.table}", *views.cells(shown, shelf.prompts, width()))
     if len(shown) < len(rows):
         say(f"{len(shown):,} of {len(rows):,} shown, --limit 0 shows all")
     if asked.table == "steps":

@@ -26,7 +26,8 @@ def run(session, step: Step, out: Output, chooser: Chooser | None = None) -> Non
         margins.append(pairs.margin)
     if not total:
         example = out.table("rejects")["reason"][0].as_py()
-        raise UserError(f"round {step.round}: no group gave a pair ({example}, and so on): lower pair.margin, or look at the scores")
+        raise UserError(f"round {step.round}: no group gave a pair ({example}, and so on): "
+                        "lower pair.margin, or look at the scores")
     out.finish({"pairs": total, "groups": len(chooser.grid.groups), "rejected": rejected,
                 "mean_margin": float(np.concatenate(margins).mean())})
 
@@ -35,7 +36,8 @@ def grid(out: Output, step: Step) -> Grid:
     """The scores that a pair step reads, as a grid."""
     candidates = out.input("sample").table("candidates", ["group", "candidate"])
     names = [role.removeprefix("score-") for role in step.inputs if role.startswith("score-")]
-    return Grid.of(candidates, {name: out.input(f"score-{name}").table("scores", ["group", "candidate", "score"]) for name in names})
+    columns = ["group", "candidate", "score"]
+    return Grid.of(candidates, {name: out.input(f"score-{name}").table("scores", columns) for name in names})
 
 
 def relabel(pairs: Pairs, labels: str, seed: int) -> Pairs:

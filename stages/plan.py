@@ -76,7 +76,7 @@ def _sampled(session: Session, step: Step) -> tuple[int, int, int]:
 
 
 def latent_shape(session: Session) -> tuple[int, int, int]:
-    """(c, h, w), read from the model's own configuration files without loading it; Stable Diffusion's where they are not here."""
+    """(c, h, w), read from the model's configuration files without loading it; Stable Diffusion's where they are not here."""
     from fashiondpo_pipeline.embedded import locate
     from fashiondpo_pipeline.workspace import read_json
 
@@ -100,4 +100,5 @@ def show_plan(session: Session, chain: Chain) -> None:
     ]
     show(f"{session.run.root}", ["", "step", "state", "rows", "bytes", "denoiser rows"], rows)
     todo = sum(line.bytes for line in plan.lines if not line.done)
-    session.say(f"to do: {plan.forwards:,} denoiser rows (a backward pass counts two), {size(todo)} to write; {size(plan.total_bytes)} in all")
+    session.say(f"to do: {plan.forwards:,} denoiser rows (a backward pass counts two), "
+                f"{size(todo)} to write; {size(plan.total_bytes)} in all")

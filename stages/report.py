@@ -2,19 +2,21 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fashiondpo_pipeline import __version__, report, statistics
-from fashiondpo_pipeline.codecs import decode_picture
+from fashiondpo_pipeline import __version__, report
 from fashiondpo_pipeline.config import template
 from fashiondpo_pipeline.grid import Grid
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.report import Missing, Pictures, Record, Round, thumbnail
 from fashiondpo_pipeline.workspace import Output, Step, replace_text, write_json
-from stages import Chain, Session
+from stages import STAGES, Chain, Session
+from stages.evaluate import measure
+from stages.naming import command_for
 
 METERED = 200  # pictures of the base that tell how much a meter varies: each has to be decoded
 
@@ -27,7 +29,8 @@ def write(session: Session, chain: Chain) -> Path:
     record = read(session, chain)
     write_json(session.run.root / "numbers.json", {f"round {r.number}": r.numbers for r in record.rounds})
     page = session.run.root / "report.html"
-    replace_text(page, report.render(record=record, report=report, made=_made(session, chain), **_pictures(session, chain, record)))
+    parts = _pictures(session, chain, record)
+    replace_text(page, report.render(record=record, report=report, made=_made(session, chain), **parts))
     return page
 
 
@@ -46,8 +49,9 @@ def _round(session: Session, r) -> Round:
     rule = {name: value for name, value in r.pair.config.items() if name != "seed"}
     columns = ["group", "winner", "loser", "winner_score", "loser_score", "margin"]
     return Round(
-        r.number, session.output(r.evaluate).manifest["numbers"], _grid(session, r.held_out, r.held_out_scores),
-        _grid(session, r.sample, r.scores), Rule(**rule), pair.table("pairs", columns).combine_chunks(), pair.manifest["numbers"],
+        r.number, session.output(r.evaluate).manifest["numbers"],
+        _grid(session, r.held_out, r.held_out_scores), _grid(session, r.sample, r.scores),
+        Rule(**rule), pair.table("pairs", columns).combine_chunks(), pair.manifest["numbers"],
         session.output(r.finetune).table("steps"),
     )
 
@@ -67,13 +71,12 @@ def _missing(out: Output, step: Step) -> list[Missing]:
 
 
 def _spread(base: Output) -> dict[str, float]:
-    """Each meter's standard deviation over the base's held-out pictures, or over an even choice of them where there are many."""
+    """Each meter's standard deviation over the base's held-out pictures, an even choice of them where there are many."""
     keys = base.table("candidates", ["group", "candidate"]).to_pylist()
     wanted = {(keys[i]["group"], keys[i]["candidate"]) for i in report.spaced(len(keys), METERED)}
     names = ("brightness", "contrast", "saturation", "sharpness")
-    values = [statistics.meters(np.asarray(decode_picture(data, "/".join(map(str, place)))))
-              for place, (data, _) in _read_pictures(base, wanted).items()]
-    return dict(zip(names, np.std(values, axis=0).tolist(), strict=True))
+    values = [measure(data, "/".join(map(str, place))) for place, (data, _) in _read_pictures(base, wanted).items()]
+    return dict(zip(names, np.nanstd(values, axis=0).tolist(), strict=True))
 
 
 # -- pictures
@@ -84,7 +87,8 @@ def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     rows = report.chosen_prompts(record)
     names = record.base.groups.to_pylist()
     wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
-    draws, prompts = {}, {}
+    draws: dict[int, Any] = {}
+    prompts: dict[str, str] = {}
     for number in (0, *(r.number for r in record.shown)):
         draws[number] = _thumbnails(session.output(chain.rounds[number].held_out), wanted, prompts)
 
@@ -131,15 +135,15 @@ def _made(session: Session, chain: Chain) -> dict:
     return {
         "version": __version__, "root": session.run.root, "config": template(session.config), "steps": done,
         "versions": last["versions"], "git": last["git"], "mixed": any(m["versions"] != last["versions"] for _, m in done),
-        "seconds": seconds, "stages": list(dict.fromkeys(name for row in seconds for name in row)),
+        "seconds": seconds, "stages": [name for name in STAGES if any(name in row for row in seconds)],
         "finetune": session.output(chain.rounds[-1].finetune).manifest["numbers"], "sources": chain.rounds[0].held_out.files,
     }
 
 
 def _seconds(steps: list[tuple[Step, dict]]) -> dict[str, float]:
-    """Seconds by stage; what is done for held-out pictures is one of its own."""
+    """Seconds by the command that a person knows the step by."""
     found: dict[str, float] = {}
     for step, manifest in steps:
-        name = "held-out" if step.name.startswith("held-out") else step.stage
+        name = command_for(step)
         found[name] = found.get(name, 0.0) + manifest["seconds"]
     return found

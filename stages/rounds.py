@@ -1,5 +1,7 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session, report
@@ -12,6 +14,8 @@ def run(session: Session, n: int | None) -> None:
     chain = session.chain(n)
     with session.run.lock():
         todo = [step for step in chain.steps if not session.run.done(step)]
+        if todo:
+            _check_objective(session)
         _announce(session, chain, todo, n)
         for number in range(n + 1):
             ran = session.execute(chain.of(number))
@@ -23,6 +27,14 @@ def run(session: Session, n: int | None) -> None:
     session.say(f"report   {path}")
     session.say(f"adapter  {session.run.root / last.finetune.folder / 'adapter'}")
     session.say(f'next: fdpo generate "{session.prompts["held-out"].rows[0]["prompt"]}" --round {n}')
+
+
+def _check_objective(session: Session) -> None:
+    """Raises UserError if the candidates will lack what finetuning needs of them: now, not after hours of sampling."""
+    name = session.config.finetune.objective
+    if session.config.sample.eta == 0 and OBJECTIVES.find(name).signal == "log_prob":
+        raise UserError(f"finetune.objective {name} needs log-probabilities, which sample.eta 0 does not give: "
+                        "raise sample.eta, or use diffusion_dpo")
 
 
 def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:
@@ -65,7 +77,7 @@ def in_words(numbers: dict, number: int) -> str:
     text = f"{numbers['judge']} prefers it to the base in {percent(base)}"
     if number > 1:
         text += f", to round {number - 1} in {percent(previous)}"
-    if numbers["diversity"]["after"] is not None:
+    if numbers["diversity"]["after"] is not None and numbers["diversity"]["base"]:
         text += f" · diversity {numbers['diversity']['after'] / numbers['diversity']['base']:.2f} of the base's"
     return text
 

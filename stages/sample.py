@@ -31,8 +31,9 @@ def run(session, step: Step, out: Output) -> None:
         for start in range(0, len(rows), in_flight):
             batch = rows[start : start + in_flight]
             numbers = [seeds.key(knobs["seed"], knobs["stream"], row["group"], i) for row, i in batch]
+            condition = generator.condition([row for row, _ in batch], knobs["guidance"], knobs["negative"])
             path = sample(
-                generator.denoise, schedule, generator.condition([row for row, _ in batch], knobs["guidance"], knobs["negative"]),
+                generator.denoise, schedule, condition,
                 [torch.Generator().manual_seed(number) for number in numbers], generator.latent_shape,
                 eta=knobs["eta"], save=save, tile=knobs["tile"], device=generator.device,
             )
@@ -76,6 +77,7 @@ def _candidates(step: Step, batch: list, numbers: list[int], pixels: np.ndarray,
 
 
 def _trajectories(batch: list, path: Trajectory, save: list[int], timesteps: list[int]) -> list[dict]:
+    assert path.x_t is not None and path.x_prev is not None and path.log_prob is not None and path.error is not None
     log_prob = path.log_prob.cpu().tolist()
     error = path.error.float().cpu().tolist()
     return [

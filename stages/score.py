@@ -16,7 +16,6 @@ def run(session, step: Step, out: Output) -> None:
     name = step.args["expert"]
     prompts = {row["group"]: row for row in session.prompts[step.args["split"]].rows}
     expert = session.expert(name, step.inputs.get("prepared"))
-    _check_needs(name, expert.needs, prompts)
 
     candidates = out.input("sample")
     shards = candidates.shards("candidates")
@@ -31,12 +30,6 @@ def run(session, step: Step, out: Output) -> None:
             chosen = usable[start : start + session.config.machine.batch]
             for n, answer in zip(chosen, ask(expert, [rows[n] for n in chosen]), strict=True):
                 answers[n] = answer
-        silent = [reason for score, reason in answers if math.isnan(score)]
-        if len(silent) == len(answers):
-            raise UserError(
-                f"expert '{name}' gave no score for any of {len(answers)} candidates ({silent[0]}): "
-                "mend it and run the same command again"
-            )
         columns = {
             "group": [row["group"] for row in rows], "candidate": [row["candidate"] for row in rows],
             "score": [score for score, _ in answers], "reason": [reason for _, reason in answers],
@@ -45,6 +38,11 @@ def run(session, step: Step, out: Output) -> None:
 
     scores = out.table("scores", ["score", "reason"])
     missing = [reason for reason in scores["reason"].to_pylist() if reason]
+    if len(missing) == len(scores):
+        for shard in shards:
+            out.drop(shard)  # so that the mended expert is asked again
+        raise UserError(f"round {step.round}: expert '{name}' gave no score for any of {len(scores)} candidates ({missing[0]}): "
+                        "mend it and run the same command again")
     if missing:
         session.say(f"round {step.round}: expert '{name}' gave no score for {len(missing)} of {len(scores)} ({missing[0]})")
     known = [score for score in scores["score"].to_pylist() if not math.isnan(score)]
@@ -76,10 +74,3 @@ def _open(row: dict) -> None:
         row["picture"] = decode_picture(row["picture"]["bytes"], f"{row['group']}/{row['candidate']}")
     except UserError as problem:
         row["fault"] = row["fault"] or str(problem)
-
-
-def _check_needs(name: str, needs: tuple[str, ...], prompts: dict[str, dict]) -> None:
-    have = set.intersection(*(set(row) for row in prompts.values())) | {"picture", "embedding", "group", "candidate"}
-    lacking = [need for need in needs if need not in have]
-    if lacking:
-        raise UserError(f"expert '{name}' needs the column '{lacking[0]}', which the prompts do not have: add it, or drop the expert")

@@ -40,13 +40,9 @@ def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:
     if stage == "score":
         return [*chain.prepared.values(), *r.embeddings.values(), *r.scores.values()]
     if stage == "evaluate":
-        held_out = {s.folder: s for n in (0, r.number - 1, r.number) for s in _held_out(chain.rounds[n])}
+        held_out = {s.folder: s for n in (0, r.number - 1, r.number) for s in chain.rounds[n].watching}
         return [*chain.prepared.values(), *held_out.values(), r.evaluate]
     return [getattr(r, stage)]
-
-
-def _held_out(r: Round) -> list[Step]:
-    return [r.held_out, *r.held_out_embeddings.values(), *r.held_out_scores.values()]
 
 
 def choose(session: Session, stage: str, number: int | None, pairs: str | None = None) -> tuple[Chain, int]:

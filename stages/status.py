@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.terminal import show, size
-from fashiondpo_pipeline.workspace import Step, read_json
+from fashiondpo_pipeline.workspace import Output, Step, read_json
 from stages import Session
 from stages.single import most_rounds
 
@@ -26,8 +26,11 @@ def run(session: Session, verify: bool, repair: bool) -> None:
     if others:
         total = sum(_bytes(path) for path in others)
         session.say(f"{len(others)} results of other settings, {size(total)}; the same settings find them again")
-    if verify:
-        _verify(session, chain.steps, repair)
+    if repair:
+        with session.run.lock():
+            _verify(session, repair)
+    elif verify:
+        _verify(session, repair)
 
 
 def _state(session: Session, step: Step) -> tuple[str, str]:
@@ -62,26 +65,26 @@ def why(old: dict, new: dict) -> str:
     return "; ".join(own or inputs[:2])
 
 
-def _verify(session: Session, steps: list[Step], repair: bool) -> None:
+def _verify(session: Session, repair: bool) -> None:
+    """Re-hash every file of the run, those of other settings and of steps not yet done too."""
     damaged = 0
-    for step in steps:
-        if not session.run.done(step):
-            continue
-        out = session.run.output(step)
+    for folder in sorted(session.run.root.glob("round-*/*-*")):
+        out = Output(folder, {}, {})
         for complaint, shard in out.verify():
             damaged += 1
             session.say(complaint)
             if repair and shard is not None:
                 out.drop(shard)
             elif repair:
-                shutil.rmtree(out.folder)
+                shutil.rmtree(folder)
                 break
+    files = "1 damaged file" if damaged == 1 else f"{damaged} damaged files"
     if not damaged:
         session.say("every file is as it was written")
     elif repair:
-        session.say(f"{damaged} damaged files were dropped: `fdpo round` makes them again")
+        session.say(f"{files} dropped: `fdpo round` makes what is missing again")
     else:
-        raise UserError(f"{damaged} damaged files: `fdpo status --verify --repair` drops them, `fdpo round` then makes them again")
+        raise UserError(f"{files}: `fdpo status --repair` drops what is damaged, `fdpo round` then makes it again")
 
 
 def _size(folder: Path) -> str:

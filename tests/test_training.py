@@ -259,6 +259,7 @@ def units_of(store):
     [
         ("step_dpo", 1.0, ""),
         ("step_dpo", 3.0, ""),
+        ("step_dpo", 1.0, "step_weight: density"),
         ("diffusion_dpo", 3.0, ""),
         ("diffusion_dpo", 1.0, "min_snr: 5.0"),
         ("diffusion_dpo", 1.0, "noise: fresh, draws: 3, min_snr: 5.0"),
@@ -301,6 +302,17 @@ def test_in_round_two_the_reference_is_the_round_before_or_the_base(tmp_path, ti
     assert (policy - off).abs().max() > 1e-3
     assert np.allclose(reference[rows], off if base else policy, rtol=0, atol=1e-6)
     assert store.reference_rows == (len(rows) * store.columns if base else 0)
+
+
+@pytest.mark.parametrize("weight", ["equal", "density"])
+def test_every_step_weighs_alike_unless_the_bare_density_is_asked_for(tmp_path, tiny_sd, weight):
+    run = Silent(tmp_path, tiny_sd, 1.0, f"step_weight: {weight}", rounds=1)
+    _, store, _ = run.store(base=False)
+    sensitivity = diffusion.ddim_sensitivity(store.schedule, torch.from_numpy(store._timesteps), 1.0).numpy()
+    size = math.prod(store.generator.latent_shape)
+    wanted = np.full(store.columns, np.median(sensitivity)) if weight == "equal" else sensitivity
+    assert store._scale * sensitivity * size == pytest.approx(wanted)
+    assert sensitivity.max() / sensitivity.min() > 5
 
 
 # -- the order of things
@@ -360,16 +372,16 @@ def test_groups_hold_every_pair_and_each_candidate_once(pairs):
     found = groups_of(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]), np.array([p[2] for p in pairs]), place)
     assert [g.name for g in found] == sorted({p[0] for p in pairs})
     for g in found:
-        wanted = sorted((place[n, w], place[n, l]) for n, w, l in pairs if n == g.name)
+        wanted = sorted((place[n, w], place[n, lost]) for n, w, lost in pairs if n == g.name)
         assert sorted(zip(g.rows[g.winner], g.rows[g.loser], strict=True)) == wanted
         assert len(set(g.rows)) == len(g.rows) and set(g.rows) == {row for pair in wanted for row in pair}
 
 
 def test_a_batch_keeps_the_pairs_of_each_unit_among_its_own_rows():
     batch = Batch.of(UNITS)
-    found = {(batch.rows[w], batch.rows[l], batch.columns[w]) for w, l in zip(batch.winner, batch.loser, strict=True)}
-    wanted = {(u.group.rows[w], u.group.rows[l], u.column)
-              for u in UNITS for w, l in zip(u.group.winner, u.group.loser, strict=True)}
+    found = {(batch.rows[w], batch.rows[lost], batch.columns[w]) for w, lost in zip(batch.winner, batch.loser, strict=True)}
+    wanted = {(u.group.rows[w], u.group.rows[lost], u.column)
+              for u in UNITS for w, lost in zip(u.group.winner, u.group.loser, strict=True)}
     assert found == wanted
     assert batch.columns.tolist() == [0] * 4 + [2] * 4 + [1] * 2 + [0] * 3
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, disk_is_full
 from fashiondpo_pipeline.registry import EXPERTS, did_you_mean
 
 Opinion = float | tuple[float, str]  # a score; (nan, reason) where there is none
@@ -41,7 +41,8 @@ def make(name: str, use: str, options: dict[str, Any]) -> Any:
     factory = EXPERTS.find(use)
     takes = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        wrong = [f"experts.{name}.options.{key}: unknown key; {did_you_mean(key, list(takes))}" for key in options if key not in takes]
+        wrong = [f"experts.{name}.options.{key}: unknown key; {did_you_mean(key, list(takes))}"
+                 for key in options if key not in takes]
         lacking = [f"experts.{name}.options.{key}: missing; add it"
                    for key, p in takes.items() if p.default is p.empty and key not in options]
         if wrong or lacking:
@@ -53,14 +54,17 @@ def ask(expert: Expert, rows: list[dict]) -> list[tuple[float, str | None]]:
     """(score, reason) of each row: an expert that fails on a batch is asked row by row, and what it cannot say is NaN."""
     try:
         opinions = list(expert(rows))
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as problem:  # somebody else's code on somebody else's pictures: kept as the reason, counted aloud
+        if disk_is_full(problem):
+            raise
         if len(rows) == 1:
             return [(math.nan, f"{type(problem).__name__}: {problem}")]
         return [answer for row in rows for answer in ask(expert, [row])]
     if len(opinions) != len(rows):
-        raise UserError(f"{type(expert).__name__} gave {len(opinions)} scores for {len(rows)} pictures: one for each is the contract")
+        name = type(expert).__name__
+        raise UserError(f"{name} gave {len(opinions)} scores for {len(rows)} pictures: one for each is the contract")
     return [_plain(opinion) for opinion in opinions]
 
 

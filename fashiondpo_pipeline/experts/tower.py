@@ -35,8 +35,9 @@ class Tower:
             return hash_path(locate(self.model.removeprefix(LOCAL)), f"CLIP model '{self.model}'")
         if self.pretrained and Path(self.pretrained).is_file():
             return hash_path(Path(self.pretrained), "CLIP weights")
-        if self.model.startswith(PREFIX) or not self.pretrained and not self.model.startswith("hf-hub:"):
-            raise UserError(f"CLIP model '{self.model}': name its weights too (pretrained: laion2b_s34b_b79k), or a {LOCAL}PATH")
+        if self.model.startswith(PREFIX) or not (self.pretrained or self.model.startswith("hf-hub:")):
+            weights = "name its weights too (pretrained: laion2b_s34b_b79k)"
+            raise UserError(f"CLIP model '{self.model}': {weights}, or a {LOCAL}PATH")
         return f"{self.model}/{self.pretrained}"
 
     @cached_property
@@ -48,8 +49,9 @@ class Tower:
             net, see = open_clip.create_model_from_pretrained(self.name, self.pretrained, device=self.device)
             read = open_clip.get_tokenizer(self.name)
         except (RuntimeError, OSError, ValueError) as problem:
+            detail = str(problem).splitlines()[0]
             raise UserError(
-                f"CLIP model '{self.model}' with weights '{self.pretrained}' cannot be loaded ({str(problem).splitlines()[0]}): "
+                f"CLIP model '{self.model}' with weights '{self.pretrained}' cannot be loaded ({detail}): "
                 "check both names, or name a folder with local-dir:PATH"
             ) from problem
         return net.eval().requires_grad_(False), see, read

@@ -23,7 +23,7 @@ from fashiondpo_pipeline.sampling import predict, sample
 from fashiondpo_pipeline.training import Group, Unit, accumulate
 
 K, GROUPS, BETA, ETA = 8, 4, 3000.0, 1.0
-PAIRS = [(w, l) for w in range(K) for l in range(w + 1, K)]  # all 28
+PAIRS = [(w, loser) for w in range(K) for loser in range(w + 1, K)]  # all 28
 
 
 def setup():
@@ -58,7 +58,7 @@ def ours(generator, schedule, condition, path) -> int:
         rows, columns = torch.from_numpy(batch.rows), torch.from_numpy(batch.columns)
         return log_prob(generator, schedule, condition, path, rows, columns), reference[rows, columns]
 
-    tally = accumulate(units, 64, signal, lambda p, r, w, l: step_dpo(p, r, w, l, beta=BETA), higher_is_better=True)
+    tally = accumulate(units, 64, signal, lambda *quantities: step_dpo(*quantities, beta=BETA), higher_is_better=True)
     return tally.pairs
 
 

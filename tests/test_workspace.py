@@ -1,0 +1,231 @@
+"""The one place where resumability lives: folders named by claims, shards whole or absent, the manifest last."""
+
+import errno
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors import SafetensorError
+
+from fashiondpo_pipeline import workspace
+from fashiondpo_pipeline.errors import UserError, disk_is_full
+from fashiondpo_pipeline.workspace import Output, Run, Step, read_json, read_parquet, write_json, write_parquet
+
+
+def step(config: dict | None = None, **more) -> Step:
+    return Step("sample", "sample", 1, 1, config or {"seed": 7}, **more)
+
+
+def numbers(*values: int) -> pa.Table:
+    return pa.table({"group": [f"g{value}" for value in values], "value": list(values)})
+
+
+@pytest.fixture
+def out(tmp_path) -> Output:
+    made = Run(tmp_path / "run").output(step())
+    made.open()
+    return made
+
+
+# -- claims
+
+
+def test_the_order_of_keys_and_the_way_to_reach_things_are_no_part_of_a_claim():
+    assert step({"a": 1, "b": 2}).fingerprint == step({"b": 2, "a": 1}).fingerprint
+    assert step(args={"split": "train"}).fingerprint == step(args={"split": "held-out"}).fingerprint
+
+
+@pytest.mark.parametrize("other", [
+    step({"seed": 8}), Step("sample", "sample", 1, 2, {"seed": 7}), step(files={"model": "abc"}),
+    step(inputs={"adapter": step()}),
+])
+def test_config_version_files_and_inputs_are(other):
+    assert other.fingerprint != step().fingerprint
+
+
+def test_a_change_reaches_everything_that_is_made_of_it():
+    first, second = (step(inputs={"adapter": step(inputs={"adapter": step({"seed": seed})})}) for seed in (7, 8))
+    assert first.fingerprint != second.fingerprint
+
+
+def test_a_folder_says_round_name_and_claim():
+    assert step().folder == f"round-01/sample-{step().fingerprint}"
+
+
+# -- whole or not at all
+
+
+def test_a_step_is_done_only_when_its_manifest_is_there(out, tmp_path):
+    run = Run(tmp_path / "run")
+    out.write(0, pairs=numbers(1, 2))
+    assert out.has(0)
+    assert not run.done(step())
+    out.finish({"pairs": 2})
+    assert run.done(step())
+    assert out.manifest["numbers"] == {"pairs": 2}
+    assert out.manifest["claim"] == step().claim
+    assert not out.work.exists()
+
+
+def test_a_shard_without_its_receipt_does_not_count(out):
+    write_parquet(out.parts / "pairs-00000.parquet", numbers(1))
+    assert not out.has(0)
+
+
+@pytest.mark.parametrize("when", ["while it is written", "before it is renamed"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch, when):
+    path = tmp_path / "a.json"
+    write_json(path, 1)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workspace.json, "dumps", full) if when[0] == "w" else monkeypatch.setattr(workspace.os, "replace", full)
+    with pytest.raises(OSError, match="No space") as failed:
+        write_json(path, 2)
+    assert failed.value.filename == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(path) == 1
+
+
+def test_opening_again_clears_what_was_left_half_done_and_keeps_what_is_whole(out):
+    out.write(0, pairs=numbers(1))
+    (out.parts / "pairs-00001.parquet.tmp").write_bytes(b"half")
+    (out.work / "adapter.tmp").mkdir()
+    (out.work / "checkpoint.pt").write_bytes(b"whole")
+    out.open()
+    assert sorted(path.name for path in out.folder.rglob("*")) == [
+        "00000.json", "checkpoint.pt", "claim.json", "pairs-00000.parquet", "parts", "work"]
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_parquet(tmp_path / name, numbers(*range(1000)))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert pq.read_table(tmp_path / "a").equals(numbers(*range(1000)))
+
+
+def test_shards_are_read_in_the_order_of_their_numbers_however_many(out):
+    for shard in (10, 2, 100_000):
+        out.write(shard, pairs=numbers(shard))
+    assert out.shards("pairs") == [2, 10, 100_000]
+    assert out.table("pairs")["value"].to_pylist() == [2, 10, 100_000]
+    assert out.table("pairs", ["value"], shard=10).to_pydict() == {"value": [10]}
+
+
+def test_publishing_puts_a_finished_folder_in_the_place_of_the_old_one(out):
+    for content in ("old", "new"):
+        (out.work / "adapter").mkdir()
+        (out.work / "adapter" / "weights").write_text(content)
+        out.publish("adapter", out.work / "adapter")
+    assert (out.folder / "adapter/weights").read_text() == "new"
+    assert not (out.work / "adapter").exists()
+
+
+def test_seconds_are_counted_once_and_those_of_earlier_processes_too(out, tmp_path, monkeypatch):
+    clock = iter([100.0, 107.0, 200.0, 202.0])
+    monkeypatch.setattr(workspace.time, "monotonic", lambda: next(clock))
+    first = Output(out.folder, out.claim, {})  # at 100 s
+    first.open()
+    first.write(0, seconds=5.0, pairs=numbers(1))
+    first.finish()  # at 107 s
+    assert first.manifest["seconds"] == 7.0
+    first.drop(1)
+    again = Output(out.folder, out.claim, {})  # at 200 s, when another shard is lacking
+    again.open()
+    again.write(1, seconds=2.0, pairs=numbers(2))
+    again.finish()  # at 202 s
+    assert again.manifest["seconds"] == 5.0 + 2.0
+
+
+# -- damage
+
+
+def test_a_sound_step_has_nothing_to_complain_of_and_a_damaged_file_is_named(out):
+    out.write(0, pairs=numbers(1), rejects=numbers(2))
+    out.write(1, pairs=numbers(3))
+    (out.work / "adapter").mkdir()
+    (out.work / "adapter" / "weights").write_text("weights")
+    out.publish("adapter", out.work / "adapter")
+    out.finish()
+    assert out.verify() == []
+    path = out.parts / "pairs-00001.parquet"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    (out.parts / "rejects-00000.parquet").unlink()
+    (out.folder / "adapter/weights").write_text("weightz")
+    assert sorted(out.verify(), key=str) == [
+        (f"{out.folder}/adapter/weights: altered", None), (f"{path}: {size - 1:,} bytes instead of {size:,}", 1),
+        (f"{out.parts}/rejects-00000.parquet: missing", 0)]
+
+
+def test_a_step_that_is_not_done_is_verified_by_its_receipts(out):
+    out.write(0, pairs=numbers(1))
+    assert out.verify() == []
+    (out.parts / "pairs-00000.parquet").unlink()
+    assert out.verify() == [(f"{out.parts}/pairs-00000.parquet: missing", 0)]
+
+
+def test_a_dropped_shard_is_gone_with_its_receipt_and_the_step_is_to_do(out, tmp_path):
+    out.write(0, pairs=numbers(1), rejects=numbers(2))
+    out.write(1, pairs=numbers(3))
+    out.finish()
+    out.drop(0)
+    assert not Run(tmp_path / "run").done(step())
+    assert (out.has(0), out.has(1)) == (False, True)
+    assert [path.name for path in sorted(out.parts.iterdir())] == ["00001.json", "pairs-00001.parquet"]
+
+
+def test_files_that_cannot_be_read_are_named_with_what_to_do(tmp_path, out):
+    (tmp_path / "a.json").write_text('{"a":')
+    with pytest.raises(UserError, match=r"a\.json is damaged \(.*\): delete it and run the same command again"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.parquet").write_text("no table")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read \("):
+        read_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r": no table 'pairs'; run `fdpo status` to see what there is"):
+        out.table("pairs")
+
+
+# -- one process at a time
+
+
+def test_a_run_has_one_owner_at_a_time_who_is_named(tmp_path):
+    one, other = Run(tmp_path / "run"), Run(tmp_path / "run")
+    with one.lock():
+        assert (tmp_path / "run/run.owner").read_text().startswith("process ")
+        told = r"run is in use by process \d+: wait until it ends, or use another --name"
+        with pytest.raises(UserError, match=told), other.lock():
+            pass
+    with other.lock():
+        pass
+    assert not (tmp_path / "run/run.owner").exists()
+
+
+def test_an_owner_that_was_killed_holds_nothing(tmp_path):
+    (tmp_path / "run.owner").write_text("process 1")
+    with Run(tmp_path).lock():
+        assert (tmp_path / "run.owner").read_text() != "process 1"
+
+
+# -- a full disk, whoever says so
+
+
+@pytest.mark.parametrize("problem", [
+    OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+])
+def test_a_full_disk_is_known_by_its_number_or_by_its_words(problem):
+    assert disk_is_full(problem)
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.EACCES, "Permission denied"), RuntimeError("no"), KeyError("space")])
+def test_other_problems_are_not_a_full_disk(problem):
+    assert not disk_is_full(problem)
+
+
+def test_json_is_the_same_for_the_same_meaning_and_keeps_every_letter(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": "größe"})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "a": "größe",\n "b": 1\n}\n'
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"a": "größe", "b": 1}

@@ -94,13 +94,13 @@ def _place(session: Session, asked: Question, number: int | None, pairs: str | N
     if number is None and pairs:
         there = sorted(session.run.root.glob(f"round-*/pair-{pairs}/manifest.json"))
         number = int(there[-1].parts[-3].removeprefix("round-")) if there else most_rounds(session)
-    section = saved_pairs(session, number, pairs) if number and pairs else session.config.pair
+    section = saved_pairs(session, number, pairs) if pairs and number is not None else session.config.pair
     if number is None:
         number = _last(session, asked, section)
     if number == 0 and not asked.held_out:
         raise UserError("round 0 is the base, which has held-out draws only: add --held-out, or name another round")
     r = session.chain(number, {number: section}).rounds[number]
-    if pairs and r.pair and r.pair.fingerprint != pairs:
+    if pairs and r.pair.fingerprint != pairs:
         raise UserError(f"pairs {pairs} of round {number} were made of other candidates or scores than these settings give: "
                         "take the settings back, or `fdpo rescore` again")
     for step in _needs(r, asked, section):
@@ -118,18 +118,17 @@ def _last(session: Session, asked: Question, section: Pair) -> int:
 
 def _needs(r: Round, asked: Question, section: Pair) -> list[Step]:
     """What must be done before the table can be shown; for scores, the opinion of every rewarded expert."""
+    if asked.table == "steps":
+        return [r.finetune]
+    if asked.table == "pairs":
+        return [r.sample, r.pair]
     drawn, scores = _drawn(r, asked)
     rewarded = [scores[name] for name, weight in section.weights.items() if weight > 0]
-    needs: dict[str, list[Step | None]] = {
-        "candidates": [drawn], "scores": [drawn, *rewarded], "pairs": [drawn, r.pair], "steps": [r.finetune]
-    }
-    return [step for step in needs[asked.table] if step]
+    return [drawn, *(rewarded if asked.table == "scores" else [])]
 
 
 def _drawn(r: Round, asked: Question) -> tuple[Step, dict[str, Step]]:
-    if asked.held_out:
-        return r.held_out, r.held_out_scores
-    return r.sample, r.scores
+    return (r.held_out, r.held_out_scores) if asked.held_out else (r.sample, r.scores)
 
 
 class Shelf:
@@ -153,12 +152,7 @@ class Shelf:
     def title(self) -> str:
         parts = [f"{self.session.run.root}", f"round {self.round.number}"]
         parts += ["held-out"] if self.asked.held_out else []
-        return " · ".join(parts + ([f"pairs {self.pair.fingerprint}"] if self.asked.table == "pairs" else []))
-
-    @property
-    def pair(self) -> Step:
-        assert self.round.pair
-        return self.round.pair
+        return " · ".join(parts + ([f"pairs {self.round.pair.fingerprint}"] if self.asked.table == "pairs" else []))
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -183,7 +177,7 @@ class Shelf:
         return views.scores(self.opinions, self._kept(), self._experts()), len(self.opinions.candidates)
 
     def pairs(self) -> tuple[pa.Table, int]:
-        everything = rows = self.session.output(self.pair).table("pairs")
+        everything = rows = self.session.output(self.round.pair).table("pairs")
         judged = "margin"
         if self.asked.groups:
             rows = rows.filter(self._in_groups(rows["group"]))
@@ -203,20 +197,20 @@ class Shelf:
 
     @property
     def paired(self) -> bool:
-        return not self.asked.held_out and self.session.run.done(self.pair)
+        return not self.asked.held_out and self.session.run.done(self.round.pair)
 
     def pairs_of(self, groups: pa.Array) -> list[dict]:
         """Every pair that some groups gave."""
         if not self.paired:
             return []
-        rows = self.session.output(self.pair).table("pairs", ["group", "winner", "loser", "margin"])
+        rows = self.session.output(self.round.pair).table("pairs", ["group", "winner", "loser", "margin"])
         return rows.filter(pc.is_in(rows["group"], value_set=groups)).to_pylist()
 
     def reasons(self) -> dict[str, str]:
         """Why groups gave no pair, of those that were asked for."""
         if not self.paired:
             return {}
-        rows = self.session.output(self.pair).table("rejects")
+        rows = self.session.output(self.round.pair).table("rejects")
         rows = rows.filter(self._in_groups(rows["group"])) if self.asked.groups else rows
         return {row["group"]: row["reason"] for row in rows.to_pylist()}
 

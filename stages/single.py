@@ -78,7 +78,12 @@ def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
         there = ", ".join(sorted(p.name.removeprefix("pair-") for p in folder.parent.glob("pair-*"))) or "none"
         raise UserError(f"round {number} has no pairs {fingerprint}; there are: {there}")
     config = read_json(folder / "manifest.json")["claim"]["config"]
-    return Pair.model_validate({key: value for key, value in config.items() if key in Pair.model_fields})
+    section = Pair.model_validate({key: value for key, value in config.items() if key in Pair.model_fields})
+    for name in section.weights:
+        if name not in session.config.experts:
+            raise UserError(f"pairs {fingerprint} reward the expert '{name}', which these settings do not have: "
+                            "put it back under experts, or `fdpo rescore` again")
+    return section
 
 
 def finished(session: Session, number: int | None, pairs: str | None = None) -> tuple[Step | None, int]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fashiondpo_pipeline import codecs, schemas, views
+from fashiondpo_pipeline import codecs, schemas, terminal, views
 from fashiondpo_pipeline.config import Pair, validate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.opinions import Opinions
@@ -270,6 +270,18 @@ def test_a_prompt_cannot_command_the_terminal(root, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_in_a_narrow_terminal_the_prompt_gives_way_and_no_figure_does(capsys):
+    rows = pa.table({"group": ["a", "b"], "candidate": [0, 1], "winner_score": [0.123456, -1.0], "loser_score": [2.0, None]})
+    prompts = {"a": "a photo of a long grey coat with many buttons", "b": "a hat"}
+    wide, narrow = views.cells(rows, prompts, 80), views.cells(rows, prompts, 40)
+    assert wide == (["prompt", "candidate", "winner_score", "loser_score"],
+                    [["a photo of a long grey coat with many but…", "0", "0.123", "2.000"], ["a hat", "1", "-1.000", "-"]])
+    assert narrow == (["prompt", "candidate", "winner_\nscore", "loser_\nscore"],
+                      [["a photo of a lo…", "0", "0.123", "2.000"], ["a hat", "1", "-1.000", "-"]])
+    terminal.show("too wide for any terminal", ["text", "figure"], [["x" * 300, "1.234567"]])
+    assert "x" * 300 + "  1.234567" in capsys.readouterr().out
+
+
 # -- which round, which pairs, which draws
 
 def test_the_last_round_that_has_the_table_is_the_default(root):
@@ -324,8 +336,11 @@ def test_a_mistake_is_answered_in_one_sentence(root, asked, number, sentence):
 
 
 def test_an_unknown_pair_set_names_those_there_are(root):
-    with pytest.raises(UserError, match=r"round \d has no pairs 00000000; there are: "):
-        inspecting.run(session(root), Question("pairs"), 1, "00000000", {})
+    for number in (1, None):
+        with pytest.raises(UserError, match=r"round \d has no pairs 00000000; there are: "):
+            inspecting.run(session(root), Question("pairs"), number, "00000000", {})
+    with pytest.raises(UserError, match="round 0 has no pairs 00000000; there are: none"):
+        inspecting.run(session(root), Question("scores", held_out=True), 0, "00000000", {})
 
 
 def test_pairs_of_other_settings_are_not_shown_as_if_they_were_of_these(root):
@@ -334,6 +349,15 @@ def test_pairs_of_other_settings_are_not_shown_as_if_they_were_of_these(root):
     other = Session(s.config.model_copy(update={"seed": 8}), s.run.root, say=list[str]().append)
     with pytest.raises(UserError, match="made of other candidates or scores than these settings give"):
         inspecting.run(other, Question("pairs"), 1, old, {})
+
+
+def test_pairs_of_an_expert_that_is_no_more_name_it(root):
+    s = session(root)
+    experts = {name: expert for name, expert in s.config.experts.items() if name != "truth"}
+    pair = s.config.pair.model_copy(update={"weights": {"taste": 1.0}})
+    fewer = Session(s.config.model_copy(update={"experts": experts, "pair": pair}), s.run.root)
+    with pytest.raises(UserError, match="reward the expert 'truth', which these settings do not have"):
+        inspecting.run(fewer, Question("pairs"), 1, s.chain(1).rounds[1].pair.fingerprint, {})
 
 
 def test_a_file_without_a_folder_is_refused_before_anything_is_read(root, tmp_path):

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 EXPERT_COLOURS, ROUND_COLOURS = 7, 6
 MOST_POINTS = 240  # of one curve: more cannot be told apart at this size, and each is bytes
-BINS = 32
+BINS, TAIL = 32, 0.02
 
 _NAMES = ("ink", "muted", "line", "card", "good", "bad",
           *(f"expert-{n}" for n in range(EXPERT_COLOURS)), *(f"round-{n}" for n in range(ROUND_COLOURS)))
@@ -63,19 +63,24 @@ def intervals(lines: Sequence[Points], *, y: str, about: str, level: float | Non
 
 
 def outlines(values: Sequence[tuple[str, np.ndarray]], *, x: str, y: str, about: str) -> Markup:
-    """Histograms over one another as outlines, in per cent of each; a short mark below stands at each mean."""
+    """Histograms over one another as outlines, in per cent of each; a triangle stands at each mean.
+
+    The outer TAIL of all values on either side is in the bars at the ends: a few far ones must not squeeze the rest.
+    """
     known = [(colour, found[np.isfinite(found)]) for colour, found in values]
     known = [(colour, found) for colour, found in known if len(found)]
-    edges = np.histogram_bin_edges(np.concatenate([found for _, found in known]) if known else np.zeros(1), BINS)
+    everything = np.concatenate([found for _, found in known]) if known else np.zeros(1)
+    low, high = np.quantile(everything, [TAIL, 1 - TAIL])
+    edges = np.histogram_bin_edges(everything, BINS, (low, high))
 
     def draw(axes: Axes) -> None:
         for number, (colour, found) in enumerate(known):
-            share = 100 * np.histogram(found, edges)[0] / len(found)
+            share = 100 * np.histogram(np.clip(found, low, high), edges)[0] / len(found)
             last = number == len(known) - 1
             axes.stairs(share, edges, color=_PLACEHOLDERS[colour], linewidth=1.8 if last else 1.2)
             if last:
                 axes.stairs(share, edges, color=_PLACEHOLDERS[colour], alpha=0.13, fill=True)
-            axes.plot([found.mean()], [0], marker="^", markersize=6, color=_PLACEHOLDERS[colour], clip_on=False, zorder=3)
+            axes.plot([np.clip(found.mean(), low, high)], [0], marker="^", markersize=6, color=_PLACEHOLDERS[colour], clip_on=False, zorder=3)
         axes.set_ylim(bottom=0)
         axes.grid(False, axis="x")
 

@@ -162,7 +162,7 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 def fixed(value: float | None, decimals: int) -> str:
     """A number with so many decimals, a dash where there is none."""
-    return NO_VALUE if value is None or value != value else f"{value:.{decimals}f}".replace("-", MINUS)
+    return NO_VALUE if value is None or value != value else f"{value:z.{decimals}f}".replace("-", MINUS)
 
 
 def signed(value: float | None, decimals: int = 2) -> str:
@@ -171,13 +171,13 @@ def signed(value: float | None, decimals: int = 2) -> str:
 
 
 def decimals_for(values: np.ndarray) -> int:
-    """How many decimals tell values apart: two digits of their standard deviation.
+    """How many decimals tell values apart: two digits of their interquartile range, which a few far ones do not widen.
 
     >>> decimals_for(np.array([0.27, 0.31])), decimals_for(np.array([-3.0, 250.0])), decimals_for(np.array([5.0]))
     (3, 0, 3)
     """
     known = values[np.isfinite(values)]
-    spread = float(known.std()) if len(known) else 0.0
+    spread = float(np.subtract(*np.quantile(known, [0.75, 0.25]))) if len(known) else 0.0
     return int(np.clip(1 - np.floor(np.log10(spread)), 0, 6)) if spread > 0 else 3
 
 
@@ -346,7 +346,7 @@ def _pushed_down(record: Record) -> list[str]:
 
 
 def _silence(record: Record) -> list[str]:
-    return [f"{m.expert} gave no score for {m.count:,} of {m.total:,} pictures ({m.where}); mostly: {m.reason}."
+    return [f"{m.expert} gave no score for {m.count:,} of {m.total:,} {m.where}; mostly: {m.reason}."
             for m in record.missing if m.count > MISSING * m.total]
 
 
@@ -505,19 +505,17 @@ def win_rate_chart(record: Record) -> Markup:
     return charts.intervals(lines, y="win rate over the base, %", level=50, about="Win rate over the base by round")
 
 
-def mean_charts(record: Record) -> dict[str, Markup]:
-    """One chart an expert: its mean over the held-out pictures, base and rounds, with intervals over prompts."""
-    return {name: _mean_chart(record, name) for name in record.experts}
+def rise_charts(record: Record) -> dict[str, Markup]:
+    """One chart an expert: how far its mean rose over the base's, picture against picture of the same seed."""
+    return {name: _rise_chart(record, name) for name in record.experts}
 
 
-def _mean_chart(record: Record, name: str) -> Markup:
-    grids = [record.base, *(r.held_out for r in record.rounds)]
+def _rise_chart(record: Record, name: str) -> Markup:
+    rises = [grid.scores[name] - record.base.scores[name] for grid in (record.base, *(r.held_out for r in record.rounds))]
     coverage, seed = record.config.evaluate.interval, key(record.config.seed, "report", name)
-    found = np.array([statistics.bootstrap(grid.scores[name], seed, RESAMPLES, coverage) for grid in grids])
-    middle, low, high = found.T
-    line = Points(colour_of(record, name), range(len(grids)), middle, low, high, hollow=name not in record.last.rewarded)
-    about = f"Mean {name} on held-out pictures by round"
-    return charts.intervals([line], y=f"mean {name}", level=float(found[0, 0]), about=about)
+    middle, low, high = np.array([statistics.bootstrap(rise, seed, RESAMPLES, coverage) for rise in rises]).T
+    line = Points(colour_of(record, name), range(len(rises)), middle, low, high, hollow=name not in record.last.rewarded)
+    return charts.intervals([line], y=f"rise of mean {name}", level=0.0, about=f"Rise of mean {name} over the base, by round")
 
 
 def score_charts(record: Record) -> dict[str, Markup]:

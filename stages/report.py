@@ -66,7 +66,8 @@ def _missing(out: Output, step: Step) -> list[Missing]:
     if not count:
         return []
     reasons = Counter(out.table("scores", ["reason"])["reason"].drop_null().to_pylist())
-    where = f"round {step.round}, held-out" if step.name.startswith("held-out") else f"round {step.round}, candidates"
+    by = f"round {step.round}" if step.round else "the base"
+    where = f"held-out pictures of {by}" if step.name.startswith("held-out") else f"candidates of {by}"
     return [Missing(step.args["expert"], where, count, count + known, reasons.most_common(1)[0][0])]
 
 

@@ -1,5 +1,6 @@
 """pipeline.yaml: every mistake answered in its own sentence, all at once, and a template that says what is in force."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_every_knob_has_a_comment_of_its_own():
     for place, default, description in describe_knobs():
         assert description, f"{place} has no description"
         knob = f"{place.rpartition('.')[2]}: {default}".rstrip()
-        assert any(line.strip() == knob and before.strip().startswith("#") for before, line in zip(lines, lines[1:], strict=False)), place
+        assert any(line.strip() == knob and before.strip().startswith("#") for before, line in itertools.pairwise(lines)), place
     assert max(map(len, lines)) <= 128
 
 

@@ -197,6 +197,20 @@ def test_min_snr_weights_are_shares(prediction, gamma):
     assert torch.allclose(weights * scale, snr.clamp(max=gamma), rtol=1e-12, atol=0)
 
 
+@both_predictions
+def test_sensitivity_is_how_fast_a_changed_prediction_makes_the_step_unlikely(prediction):
+    """At x_prev = mean the log-probability is at its peak; moving every dimension of the prediction by d lowers it by
+    sensitivity * d^2 for each dimension. Where sigma is 0 a step is infinitely sensitive."""
+    ours = schedule(scheduler(prediction, True, 0))
+    t, x_t, predicted = ours.timesteps, latents(10, 0), latents(10, 1)
+    mean, sigma = diffusion.ddim_mean(ours, predicted, x_t, t, 1.0), diffusion.ddim_sigma(ours, t, 1.0)
+    moved = diffusion.ddim_mean(ours, predicted + 0.1, x_t, t, 1.0)
+    lost = diffusion.log_prob(mean, sigma, mean) - diffusion.log_prob(moved, sigma, mean)
+    found = diffusion.ddim_sensitivity(ours, t, 1.0)
+    assert torch.allclose(found[:-1] * 0.1**2 * x_t[0].numel(), lost[:-1], rtol=1e-9)
+    assert torch.isinf(found[-1])
+
+
 # -- identities
 
 

@@ -50,9 +50,10 @@ def slow_choose(mixed, rule, threshold=None):
     kept = []
     for g, row in enumerate(mixed.tolist()):
         known = [c for c, score in enumerate(row) if not math.isnan(score)]
-        pairs = [(w, l) for w, l in slow_candidates(row, known, rule) if row[w] - row[l] >= rule.margin and row[w] > row[l]]  # noqa: E741
+        pairs = [(won, lost) for won, lost in slow_candidates(row, known, rule) if row[won] > row[lost]]
+        pairs = [(won, lost) for won, lost in pairs if row[won] - row[lost] >= rule.margin]
         if rule.select == "median_split":
-            pairs = [(w, l) for w, l in pairs if row[w] >= threshold > row[l]]  # noqa: E741
+            pairs = [(won, lost) for won, lost in pairs if row[won] >= threshold > row[lost]]
         pairs.sort(key=lambda pair: row[pair[1]] - row[pair[0]])
         kept += [(g, *pair) for pair in slow_caps(pairs, rule)]
     return kept
@@ -159,15 +160,15 @@ def test_pairs_are_those_of_the_slow_one_in_its_order(mixed, rule):
     threshold = float(np.nanmedian(mixed)) if np.isfinite(mixed).any() else 0.0
     pairs = choose(mixed, rule, threshold)
     assert listed(pairs) == slow_choose(mixed, rule, threshold)
-    assert pairs.margin.tolist() == [mixed[g, w] - mixed[g, l] for g, w, l in listed(pairs)]  # noqa: E741
+    assert pairs.margin.tolist() == [mixed[g, won] - mixed[g, lost] for g, won, lost in listed(pairs)]
 
 
 @given(grids(), RULES)
 def test_no_pair_is_a_tie_or_within_the_margin_and_none_comes_twice(mixed, rule):
     found = listed(choose(mixed, rule, 0.0))
-    for g, w, l in found:  # noqa: E741
-        assert mixed[g, w] > mixed[g, l] and mixed[g, w] - mixed[g, l] >= rule.margin
-    assert len({(g, frozenset((w, l))) for g, w, l in found}) == len(found)  # noqa: E741
+    for g, won, lost in found:
+        assert mixed[g, won] > mixed[g, lost] and mixed[g, won] - mixed[g, lost] >= rule.margin
+    assert len({(g, frozenset((won, lost))) for g, won, lost in found}) == len(found)
 
 
 @given(grids(), RULES)
@@ -249,7 +250,7 @@ def test_comparing_is_counting_one_by_one(before, first, after, second):
     g, k = min(before.shape[0], after.shape[0]), min(before.shape[1], after.shape[1])
     old, new = choose(before[:g, :k], first, 0.0), choose(after[:g, :k], second, 0.0)
     was, now = set(listed(old)), set(listed(new))
-    flipped = {(g, l, w) for g, w, l in now} & was  # noqa: E741
+    flipped = {(g, lost, won) for g, won, lost in now} & was
     assert compare(old, new, k) == {
         "kept": len(was & now), "flipped": len(flipped), "lost": len(was - now) - len(flipped),
         "new": len(now - was) - len(flipped),

@@ -312,9 +312,9 @@ def test_falling_winners_are_warned_of(record):
 
 
 def test_many_missing_scores_are_warned_of_and_few_are_not(record):
-    many, few = (Missing("taste", "round 1, candidates", count, 100, "<too dark>") for count in (3, 2))
+    many, few = (Missing("taste", "candidates of round 1", count, 100, "<too dark>") for count in (3, 2))
     assert report.warnings(replace(fine(record), missing=[many, few])) == [
-        "taste gave no score for 3 of 100 pictures (round 1, candidates); mostly: <too dark>."
+        "taste gave no score for 3 of 100 candidates of round 1; mostly: <too dark>."
     ]
 
 

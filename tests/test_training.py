@@ -119,8 +119,8 @@ def pair_by_pair(tiny, objective):
     name, _, higher = objective
     signal = getattr(tiny, name)
     tiny.denoiser.zero_grad()
-    pairs = [(unit.group.rows[w], unit.group.rows[l], unit.column)
-             for unit in UNITS for w, l in zip(unit.group.winner, unit.group.loser, strict=True)]  # fmt: skip  # noqa: E741
+    pairs = [(unit.group.rows[won], unit.group.rows[lost], unit.column)
+             for unit in UNITS for won, lost in zip(unit.group.winner, unit.group.loser, strict=True)]
     losses = []
     for winner, loser, column in pairs:
         at = np.array([column])
@@ -238,9 +238,9 @@ def pair_loop(generator, store, objective, off):
     """As above, with the store's own signal for one row at a time; the reference is live: `off` turns the policy into it."""
     losses = []
     for unit in units_of(store):
-        for w, l in zip(unit.group.winner, unit.group.loser, strict=True):  # noqa: E741
+        for won, lost in zip(unit.group.winner, unit.group.loser, strict=True):
             at = np.array([unit.column])
-            rows = [np.array([row]) for row in (unit.group.rows[w], unit.group.rows[l])]
+            rows = [np.array([row]) for row in (unit.group.rows[won], unit.group.rows[lost])]
             policy = [store.signal(generator, row, at) for row in rows]
             with torch.no_grad(), off():
                 reference = [store.signal(generator, row, at) for row in rows]
@@ -372,16 +372,16 @@ def test_groups_hold_every_pair_and_each_candidate_once(pairs):
     found = groups_of(np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs]), np.array([p[2] for p in pairs]), place)
     assert [g.name for g in found] == sorted({p[0] for p in pairs})
     for g in found:
-        wanted = sorted((place[n, w], place[n, lost]) for n, w, lost in pairs if n == g.name)
+        wanted = sorted((place[n, won], place[n, lost]) for n, won, lost in pairs if n == g.name)
         assert sorted(zip(g.rows[g.winner], g.rows[g.loser], strict=True)) == wanted
         assert len(set(g.rows)) == len(g.rows) and set(g.rows) == {row for pair in wanted for row in pair}
 
 
 def test_a_batch_keeps_the_pairs_of_each_unit_among_its_own_rows():
     batch = Batch.of(UNITS)
-    found = {(batch.rows[w], batch.rows[lost], batch.columns[w]) for w, lost in zip(batch.winner, batch.loser, strict=True)}
-    wanted = {(u.group.rows[w], u.group.rows[lost], u.column)
-              for u in UNITS for w, lost in zip(u.group.winner, u.group.loser, strict=True)}
+    found = {(batch.rows[won], batch.rows[lost], batch.columns[won]) for won, lost in zip(batch.winner, batch.loser, strict=True)}
+    wanted = {(u.group.rows[won], u.group.rows[lost], u.column)
+              for u in UNITS for won, lost in zip(u.group.winner, u.group.loser, strict=True)}
     assert found == wanted
     assert batch.columns.tolist() == [0] * 4 + [2] * 4 + [1] * 2 + [0] * 3
 

@@ -81,7 +81,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypat
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(workspace.json, "dumps", full) if when[0] == "w" else monkeypatch.setattr(workspace.os, "replace", full)
+    monkeypatch.setattr(*((workspace.Path, "write_text") if when[0] == "w" else (workspace.os, "replace")), full)
     with pytest.raises(OSError, match="No space") as failed:
         write_json(path, 2)
     assert failed.value.filename == str(path)

@@ -1,0 +1,412 @@
+"""Runs as wholes: what depends on what, what must not matter, what finetuning reads, and what others can open."""
+
+import json
+import math
+import re
+import shutil
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+from datasets import load_dataset
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from runs import folder_of, manifests, refused, results, session, table, works
+
+from fashiondpo_pipeline import config, testing
+from fashiondpo_pipeline.generators.text2img import Text2Image
+from stages import finetune
+
+# -- what depends on what: one line a knob. Names of steps are those of folders, with the round before.
+
+HELD_OUT = r"\d (held-out-.*|evaluate)"
+EVALUATE = r"\d evaluate"
+PREFERRED = r"1 (pair|finetune|held-out-.*|evaluate)|2 .*"  # pairs of round 1 and all that follows
+TRAINED = PREFERRED.replace("pair|", "")
+DRAWN = r"[12] .*"  # everything but the base's held-out pictures
+EVERYTHING = r"\d .*"
+NOTHING = r"(?!)"
+
+KNOBS = {
+    "name=other": NOTHING,
+    "seed=8": EVERYTHING,
+    "rounds=9": NOTHING,
+    "generator.use=fashiondpo_pipeline.generators.text2img:Text2Image": EVERYTHING,
+    "generator.model={other_model}": EVERYTHING,
+    "generator.revision=abc": NOTHING,  # a folder is what its files are
+    "generator.variant=fp16": EVERYTHING,
+    "generator.dtype=float16": EVERYTHING,
+    "generator.prediction=epsilon": NOTHING,  # a check, not a choice
+    "prompts.file=more.txt": DRAWN,  # one training prompt more
+    "prompts.file=more_held_out.txt": HELD_OUT,
+    "prompts.held_out=0.8": EVERYTHING,
+    "prompts.most_train=3": DRAWN,
+    "prompts.most_held_out=3": HELD_OUT,
+    "sample.candidates=5": DRAWN,
+    "sample.steps=5": EVERYTHING,
+    "sample.guidance=2.0": EVERYTHING,
+    "sample.eta=0.5": EVERYTHING,
+    "sample.negative=blurred": EVERYTHING,
+    "sample.height=32": EVERYTHING,
+    "sample.width=32": EVERYTHING,
+    "sample.save=2": DRAWN,
+    "sample.tile=4": EVERYTHING,
+    "experts.mood.options.moods={red: 0.5}": rf"\d (held-out-)?score-mood|{PREFERRED}",
+    "experts.bright.use=runs:Mood": rf"\d (held-out-)?score-bright|{EVALUATE}",  # watched only
+    "experts.another.use=fashiondpo_pipeline.testing:Brightness": rf"\d (held-out-)?score-another|{EVALUATE}",
+    "experts.clip_t.options.model=local-dir:{other_clip}": rf"\d (held-out-)?(score-clip_t|embed-.*)|{PREFERRED}",
+    "pair.weights={clip_t: 0.7, mood: 0.3}": PREFERRED,
+    "pair.normalise=rank": PREFERRED,
+    "pair.over=all": PREFERRED,
+    "pair.select=mirror": PREFERRED,
+    "pair.margin=0.1": PREFERRED,
+    "pair.per_group=3": PREFERRED,
+    "pair.per_candidate=3": PREFERRED,
+    "pair.labels=swapped": PREFERRED,
+    "finetune.objective=diffusion_dpo": TRAINED,
+    "finetune.beta=50": TRAINED,
+    "finetune.reference=base": TRAINED,
+    "finetune.noise=fresh": TRAINED,
+    "finetune.draws=9": TRAINED,
+    "finetune.min_snr=5": TRAINED,
+    "finetune.ratio_clip=0.1": TRAINED,
+    "finetune.step_weight=density": TRAINED,
+    "finetune.epochs=3": TRAINED,
+    "finetune.groups=2": TRAINED,
+    "finetune.timesteps=3": TRAINED,
+    "finetune.micro_batch=9": TRAINED,
+    "finetune.learning_rate=1e-4": TRAINED,
+    "finetune.warmup=2": TRAINED,
+    "finetune.decay=none": TRAINED,
+    "finetune.weight_decay=0": TRAINED,
+    "finetune.max_grad_norm=2": TRAINED,
+    "finetune.rank=4": TRAINED,
+    "finetune.alpha=4": TRAINED,
+    "finetune.targets=[to_q]": TRAINED,
+    "finetune.precision=bf16": TRAINED,
+    "finetune.checkpoint_every=5": NOTHING,
+    "evaluate.pictures=3": HELD_OUT,
+    "evaluate.steps=5": HELD_OUT,
+    "evaluate.guidance=2.0": HELD_OUT,
+    "evaluate.eta=0.5": HELD_OUT,
+    "evaluate.judge=clip_t": EVALUATE,
+    "evaluate.bootstrap=500": EVALUATE,
+    "evaluate.interval=0.9": EVALUATE,
+    "report.prompts=1": NOTHING,
+    "report.pictures=1": NOTHING,
+    "report.pairs=1": NOTHING,
+    "machine.device=cuda": NOTHING,
+    "machine.batch=1": NOTHING,
+    "machine.shard=1": NOTHING,
+    "machine.threads=2": NOTHING,
+}
+MOOD = "experts.mood.use=runs:Mood"
+WEIGHTS = "pair.weights={clip_t: 0.5, mood: 0.5}"
+
+
+def claims(*sets: str) -> dict[str, str]:
+    """"round name" -> fingerprint of every step of two rounds."""
+    chain = session(MOOD, WEIGHTS, *sets).chain(2)
+    return {f"{step.round} {step.name}": step.fingerprint for step in chain.steps}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, tiny_sd_v) -> dict[str, str]:
+    """Other models than the configuration's."""
+    other_clip = testing.tiny_clip(tmp_path_factory.mktemp("models") / "clip", seed=9)
+    return {"{other_model}": str(tiny_sd_v), "{other_clip}": str(other_clip)}
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_one_knob_re_runs_what_depends_on_it_and_nothing_else(place, others, knob):
+    prompts = (place / "prompts.txt").read_text()
+    (place / "more.txt").write_text(prompts + "\na black coat")
+    (place / "more_held_out.txt").write_text(prompts + "\na pink coat")
+    change = knob
+    for name, path in others.items():
+        change = change.replace(name, path)
+    before, after = claims(), claims(change)
+    assert set(before) <= set(after)
+    assert {name for name in after if after[name] != before.get(name)} == {n for n in after if re.fullmatch(KNOBS[knob], n)}
+
+
+def test_every_knob_has_its_line_in_that_table():
+    sections = config.Config.model_fields.items()
+    knobs = [f"{name}.{knob}" if knob else name for name, field in sections if name != "experts"
+             for knob in getattr(field.annotation, "model_fields", [""])]
+    assert {knob.partition("=")[0] for knob in KNOBS if not knob.startswith("experts.")} == set(knobs)
+
+
+def test_an_expert_that_goes_changes_nothing_but_what_it_took_part_in(place):
+    before = claims()
+    with_one = claims("experts.another.use=fashiondpo_pipeline.testing:Brightness")
+    assert {name for name in before if with_one[name] != before[name]} == {"1 evaluate", "2 evaluate"}
+
+
+def test_the_old_setting_finds_the_old_results(finished):
+    steps = manifests(finished / "runs/t")
+    works("round", "--n", "1", "--set", "pair.margin=0.1")
+    made = ("pair", "finetune", "held-out-sample", "held-out-embed", "held-out-score", "held-out-score", "evaluate")
+    assert len(manifests(finished / "runs/t")) == len(steps) + len(made)
+    assert works("round").err.startswith("runs/t has 3 rounds already: nothing to do\n")
+    assert manifests(finished / "runs/t").items() >= steps.items()
+    assert "7 results of other settings" in works("status").err
+
+
+# -- what must not matter
+
+
+def test_a_run_that_is_there_does_nothing_and_says_so(finished, finished_place):
+    told = works("round")
+    assert told.err.startswith("runs/t has 3 rounds already: nothing to do\n")
+    assert "next: fdpo generate" in told.err
+    assert manifests(finished / "runs/t") == manifests(finished_place / "runs/t")
+    assert results(finished / "runs/t") == results(finished_place / "runs/t")
+
+
+def test_two_rounds_and_then_a_third_are_three_rounds(place, finished_place):
+    works("round", "--n", "2")
+    assert json.loads((place / "runs/t/numbers.json").read_text()).keys() == {"round 1", "round 2"}
+    assert "steps are done, going on with round 3 sample" in works("round", "--n", "3").err
+    assert results(place / "runs/t") == results(finished_place / "runs/t")
+
+
+def test_each_stage_alone_makes_what_a_round_makes(place, finished_place):
+    for stage in ("sample", "score", "pair", "finetune", "evaluate"):
+        told = works(stage, "--round", "1")
+        assert told.err.splitlines()[-1].startswith("round 1")
+        assert works(stage, "--round", "1").err == f"round 1 {stage}: done already, nothing to do\n"
+    works("report")
+    whole = results(finished_place / "runs/t")
+    made = results(place / "runs/t")
+    assert json.loads(made.pop("numbers.json"))["round 1"] == json.loads(whole["numbers.json"])["round 1"]
+    assert made.items() <= whole.items()
+
+
+@pytest.mark.parametrize("machine", [("machine.batch=1", "machine.shard=100"), ("machine.batch=13", "machine.shard=1")])
+def test_how_much_is_done_at_once_changes_nothing(place, finished_place, machine):
+    works("round", "--n", "2", "--set", machine[0], "--set", machine[1])
+    ours, theirs = place / "runs/t", finished_place / "runs/t"
+    steps = manifests(ours)
+    assert steps.keys() <= manifests(theirs).keys()
+    for step in steps:
+        names = {path.stem.rpartition("-")[0] for path in (theirs / step).glob("parts/*.parquet")}
+        for name in names:
+            assert table(ours / step, name).equals(table(theirs / step, name)), f"{name} of {step}"
+        assert [path.read_bytes() for path in (ours / step).glob("adapter/*")] == [
+            path.read_bytes() for path in (theirs / step).glob("adapter/*")]
+
+
+# -- labels
+
+
+def labelled(place, labels: str) -> pa.Table:
+    folder = place / "runs/t" / session(f"pair.labels={labels}").chain(1).rounds[1].pair.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    works("pair", "--round", "1", "--set", f"pair.labels={labels}")
+    return table(folder, "pairs")
+
+
+def test_swapped_labels_are_the_same_pairs_the_other_way_round(finished):
+    pairs, swapped = labelled(finished, "scored"), labelled(finished, "swapped")
+    assert len(pairs) > 10
+    assert swapped["group"].equals(pairs["group"])
+    for one, other in (("winner", "loser"), ("winner_score", "loser_score")):
+        assert swapped[one].equals(pairs[other])
+        assert swapped[other].equals(pairs[one])
+    for name in ("margin", "gap_clip_t"):
+        assert np.array_equal(swapped[name].to_numpy(), -pairs[name].to_numpy())
+
+
+def test_random_labels_are_a_coin_that_falls_the_same_way_each_time(finished):
+    pairs, coin = labelled(finished, "scored"), labelled(finished, "random")
+    swapped = coin["margin"].to_numpy() < 0
+    assert 0.2 < swapped.mean() < 0.8
+    assert np.array_equal(coin["winner"].to_numpy(), np.where(swapped, pairs["loser"], pairs["winner"]))
+    assert np.array_equal(np.abs(coin["margin"].to_numpy()), pairs["margin"].to_numpy())
+    assert labelled(finished, "random").equals(coin)
+
+
+# -- the cached reference
+
+OBJECTIVES = {
+    "step_dpo": (),
+    "diffusion_dpo, tracked": ("finetune.objective=diffusion_dpo",),
+    "diffusion_dpo, tracked, min-SNR": ("finetune.objective=diffusion_dpo", "finetune.min_snr=5"),
+    "diffusion_dpo, fresh": ("finetune.objective=diffusion_dpo", "finetune.noise=fresh"),
+    "step_dpo, guided": ("sample.guidance=3.0",),
+    "step_dpo, by density": ("finetune.step_weight=density",),
+    "step_dpo, a few steps": ("sample.save=2",),
+}
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[list[bool]]:
+    """For each round's finetuning, whether each call of the denoiser was with gradient, in order."""
+    rounds, training = [], []
+    denoise, run = Text2Image.denoise, finetune.run
+
+    def counted(self, x_t, t, tokens):
+        if training:
+            rounds[-1].append(torch.is_grad_enabled())
+        return denoise(self, x_t, t, tokens)
+
+    def ran(*args):
+        training.append(True)
+        rounds.append([])
+        run(*args)
+        training.clear()
+
+    monkeypatch.setattr(Text2Image, "denoise", counted)
+    monkeypatch.setattr(finetune, "run", ran)
+    return rounds
+
+
+def train(number: int, *sets: str):
+    """A session whose rounds are made up to finetuning, nothing held out."""
+    made = session(*sets)
+    for r in made.chain(number).rounds[1:]:
+        made.execute([r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune])
+    return made
+
+
+@pytest.mark.parametrize("sets", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_policy_starts_as_its_own_reference_with_loss_log_two(place, forwards, sets):
+    made = train(1, *sets)
+    out = made.output(made.chain(1).rounds[1].finetune)
+    assert out.manifest["numbers"]["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    steps = out.table("steps").to_pylist()
+    assert steps[0]["margin"] == pytest.approx(0, abs=1e-3)
+    assert steps[-1]["margin"] != 0
+    asked = forwards[0].count(False)
+    assert bool(asked) == any("fresh" in knob for knob in sets), "only fresh noise needs the reference once, before training"
+    assert all(forwards[0][asked:]), "no reference forward while training"
+
+
+def test_each_round_starts_with_loss_log_two_and_no_reference_forward(finished):
+    for number in (1, 2, 3):
+        (manifest,) = (finished / "runs/t").glob(f"round-0{number}/finetune-*/manifest.json")
+        numbers = json.loads(manifest.read_text())["numbers"]
+        assert numbers["first_loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert numbers["reference_rows_before"] == numbers["reference_rows_in_training"] == 0
+
+
+@pytest.mark.parametrize("sets", [OBJECTIVES[name] for name in ("step_dpo", "diffusion_dpo, tracked", "diffusion_dpo, fresh")])
+def test_the_base_as_reference_is_asked_once_before_training_and_answers_for_itself(place, forwards, monkeypatch, sets):
+    asked = []
+    reference = finetune.Store.reference
+
+    def kept(store, generator, base):
+        asked.append((store, reference(store, generator, base)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(finetune.Store, "reference", kept)
+    made = train(2, "finetune.reference=base", *sets)
+    calls, (store, cached) = forwards[1], asked[1]
+    assert not any(calls[: calls.count(False)]), "first the reference, and then never again"
+    places = [(row, column) for group in store.groups for row in group.rows for column in range(store.columns)]
+    numbers = made.output(made.chain(2).rounds[2].finetune).manifest["numbers"]
+    assert numbers["reference_rows_before"] == len(places)
+    rows, columns = np.array(places).T
+    base = made.generator(None)
+    with torch.inference_mode():
+        live = np.concatenate([store.signal(base, rows[i : i + 8], columns[i : i + 8]).numpy() for i in range(0, len(rows), 8)])
+    assert cached[rows, columns] == pytest.approx(live, rel=1e-4, abs=1e-6)
+    assert numbers["first_loss"] != pytest.approx(math.log(2), abs=1e-5), "in round 2 the policy is no longer the base"
+
+
+def test_a_spoilt_cache_is_noticed_at_step_0(place):
+    made = session()
+    r = made.chain(1).rounds[1]
+    made.execute([r.sample, *r.embeddings.values(), *r.scores.values(), r.pair])
+    sample = made.output(r.sample)
+    for shard in sample.shards("trajectories"):
+        parts = {name: sample.table(name, shard=shard) for name in ("candidates", "trajectories")}
+        paths = parts["trajectories"]
+        wrong = [[value + 256 * (i % 2) for value in row] for i, row in enumerate(paths["log_prob"].to_pylist())]
+        column = paths.column_names.index("log_prob")
+        parts["trajectories"] = paths.set_column(column, paths.schema.field(column), pa.array(wrong, pa.list_(pa.float64())))
+        sample.write(shard, **parts)
+    told = refused("finetune", "--round", "1", "--set", "finetune.step_weight=density")
+    assert re.fullmatch(
+        r"round 1 finetune: at step 0 the policy is its own reference, yet a margin is 100 and the loss \d+\.\d{4} instead of "
+        r"0 and 0\.6931: the candidates were drawn with other numerics than finetune uses; draw and finetune with the same "
+        r"dtype, precision and device, or lower finetune\.beta", told)
+
+
+def test_a_picture_that_broke_takes_no_part_and_does_not_stop_the_others(place, monkeypatch):
+    denoise = Text2Image.denoise
+
+    def spoilt(self, x_t, t, tokens):
+        found = denoise(self, x_t, t, tokens)
+        return torch.where((x_t.flatten(1)[:, :1] > 2.2)[..., None, None], torch.nan, found)
+
+    monkeypatch.setattr(Text2Image, "denoise", spoilt)
+    told = works("round", "--n", "1")
+    faults = table(folder_of(place / "runs/t", 1, "sample"), "candidates").filter(pc.field("fault").is_valid())
+    assert 0 < len(faults) < 12
+    assert set(faults["fault"].to_pylist()) == {"the latent is not finite"}
+    assert f"round 1: {len(faults)} of 24 pictures are broken and take no part (latents not finite)" in told.err
+    pairs = table(folder_of(place / "runs/t", 1, "pair"), "pairs").to_pylist()
+    used = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
+    assert not used & {(row["group"], row["candidate"]) for row in faults.to_pylist()}
+
+
+# -- what others can open
+
+
+def test_tables_open_in_pandas_duckdb_and_datasets(finished_place, tmp_path):
+    run = finished_place / "runs/t"
+    files = sorted(map(str, folder_of(run, 1, "sample").glob("parts/candidates-*.parquet")))
+    frame = pd.concat(map(pd.read_parquet, files))
+    assert len(frame) == 24
+    assert frame.groupby("group").size().eq(4).all()
+
+    pairs = str(folder_of(run, 1, "pair") / "parts/pairs-*.parquet")
+    query = """select p."group", w.seed from read_parquet(?) p
+               join read_parquet(?) w on p."group" = w."group" and p.winner = w.candidate"""
+    found = duckdb.execute(query, [pairs, files]).fetchall()
+    assert len(found) == len(table(folder_of(run, 1, "pair"), "pairs"))
+
+    dataset = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    picture = dataset[5]["picture"]
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (16, 16)
+    assert dataset[5]["prompt"] == frame.iloc[5]["prompt"]
+    assert len(load_dataset("parquet", data_files=pairs, split="train", cache_dir=str(tmp_path))) == len(found)
+
+
+@pytest.mark.parametrize(("number", "guidance", "eta"), [(2, 1.0, 1.0), (3, 4.0, 0.0)])
+def test_the_exported_lora_gives_in_stock_diffusers_what_generate_gives(finished, tiny_sd, number, guidance, eta):
+    exported = works("export", "lora", "--round", str(number))
+    assert exported.out == "lora/pytorch_lora_weights.safetensors\n"
+    told = works("generate", "a red dress", "--round", str(number), "--count", "3", "--seed", "11", "--guidance", str(guidance),
+                 "--eta", str(eta), "--out", "ours")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, requires_safety_checker=False)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(11 + i) for i in range(3)]
+    options = {"num_inference_steps": 4, "guidance_scale": guidance, "eta": eta, "output_type": "np"}
+    pipe.load_lora_weights("lora")
+    stock = pipe(["a red dress"] * 3, generator=seeds, **options).images
+    files = told.out.split()
+    assert len(files) == 3
+    for file, wanted in zip(files, stock, strict=True):
+        ours = np.asarray(Image.open(file)).astype(float)
+        assert np.abs(ours - wanted * 255).max() <= 2
+    pipe.unload_lora_weights()
+    base = pipe(["a red dress"] * 3, generator=[s.manual_seed(11 + i) for i, s in enumerate(seeds)], **options).images
+    assert np.abs(base - stock).max() > 0.5 / 255, "the LoRA should change something, or this test shows nothing"
+
+
+def test_the_lineage_of_an_export_says_where_it_comes_from(finished):
+    works("export", "lora", "--round", "2")
+    lineage = json.loads((finished / "lora/lineage.json").read_text())
+    made = session()
+    assert lineage["round"] == 2
+    assert lineage["base_hash"] == made.generator_identity
+    assert lineage["finetune"] == made.chain(2).rounds[2].finetune.claim

@@ -154,7 +154,7 @@ def _texts(column: pa.ChunkedArray) -> list[str]:
     if not pa.types.is_floating(column.type):
         return ["-" if x is None else shorten(x) if isinstance(x, str) else str(x) for x in values]
     largest = max((abs(x) for x in values if x is not None and np.isfinite(x)), default=0.0)
-    digits = ".2e" if 0 < largest < 0.01 else ".3f"
+    digits = ".3f" if largest >= 0.1 or not largest else ".5f" if largest >= 1e-3 else ".2e"
     return ["-" if x is None or np.isnan(x) else format(x, digits) for x in values]
 
 

@@ -282,6 +282,11 @@ def test_in_a_narrow_terminal_the_prompt_gives_way_and_no_figure_does(capsys):
     assert "x" * 300 + "  1.234567" in capsys.readouterr().out
 
 
+def test_small_figures_keep_their_digits():
+    _, (row,) = views.cells(pa.table({"large": [12.3456], "small": [-0.0026], "tiny": [4.9e-5], "none": [0.0]}), {})
+    assert row == ["12.346", "-0.00260", "4.90e-05", "0.000"]
+
+
 # -- which round, which pairs, which draws
 
 def test_the_last_round_that_has_the_table_is_the_default(root):

@@ -23,13 +23,13 @@ _NAMES = ("ink", "muted", "line", "card", "good", "bad",
 # matplotlib knows no CSS variables: a colour is drawn as a placeholder, and replaced in the text of the SVG.
 _PLACEHOLDERS = {name: f"#fa00{number:02x}" for number, name in enumerate(_NAMES)}
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10, "figure.facecolor": "none", "axes.facecolor": "none",
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11, "figure.facecolor": "none", "axes.facecolor": "none",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _PLACEHOLDERS["line"], "axes.grid": True,
     "axes.axisbelow": True, "grid.color": _PLACEHOLDERS["line"], "grid.linewidth": 0.6,
     "axes.labelcolor": _PLACEHOLDERS["muted"],
     "xtick.color": _PLACEHOLDERS["line"], "ytick.color": _PLACEHOLDERS["line"], "xtick.labelcolor": _PLACEHOLDERS["muted"],
     "ytick.labelcolor": _PLACEHOLDERS["muted"], "xtick.major.size": 0, "ytick.major.size": 0, "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-4, 5), "path.simplify": True,
+    "axes.formatter.limits": (-6, 7), "path.simplify": True,
 }
 
 
@@ -82,6 +82,7 @@ def outlines(values: Sequence[tuple[str, np.ndarray]], *, x: str, y: str, about:
                 axes.stairs(share, edges, color=_PLACEHOLDERS[colour], alpha=0.13, fill=True)
             axes.plot([np.clip(found.mean(), low, high)], [0], marker="^", markersize=6, color=_PLACEHOLDERS[colour], clip_on=False, zorder=3)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(False, axis="x")
 
     return _svg(draw, x, y, about)
@@ -143,12 +144,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _svg(draw: Callable[[Axes], None], x: str, y: str, about: str) -> Markup:
-    """An <svg> element of 250 x 180 units that scales with its column; its text takes the page's font."""
+    """An <svg> element of about 250 x 190 units that scales with its column; its text takes the page's font."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(3.5, 2.5), layout="constrained")
+        figure = Figure(figsize=(3.5, 2.6), layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.set(xlabel=x, ylabel=y)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _inline(buffer.getvalue(), about)

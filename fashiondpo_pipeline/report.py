@@ -281,7 +281,7 @@ def _reward_without_gain(record: Record) -> list[str]:
     finds = "prefers the base" if rate["high"] < 0.5 else "cannot tell it from the base"
     rose = [name for name in record.last.rewarded if numbers["experts"][name]["against_base"]["low"] > 0.5]
     if not rose or numbers["judge_rewarded"]:
-        return [f"{_capital(judge)} {finds}: {percent(rate)}."]
+        return [f"{_capital(judge)} {finds}: the tuned model's picture wins in {percent(rate)}."]
     return [f"{_listed(rose)}, which was rewarded, rose; {judge}, which only watched, {finds} ({percent(rate)}). "
             "The model may be pleasing its reward alone: look at the pictures before and after."]
 

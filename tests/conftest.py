@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id is refused at once inst
 import pytest
 import torch
 from hypothesis import settings
-from runs import finished, finished_place, place  # noqa: F401 - fixtures of whole runs
+from whole_runs import finished, finished_place, place  # noqa: F401 - fixtures of whole runs
 
 from fashiondpo_pipeline import testing
 

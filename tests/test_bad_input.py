@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from runs import fdpo, folder_of, refused, session, table, works
+from whole_runs import fdpo, folder_of, refused, session, table, works
 
 MOOD = ("--set", "experts.mood.use=runs:Mood")
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import fdpo, session, works
+from whole_runs import fdpo, session, works
 
 from fashiondpo_pipeline import __version__, config
 

@@ -257,17 +257,16 @@ def test_an_unknown_kind_is_answered_with_the_nearest():
 # -- models that cannot be loaded
 
 
-def test_a_clip_model_without_weights_is_never_scored_with_random_ones(tmp_path):
+def test_a_clip_model_without_weights_is_refused_before_it_is_built_with_random_ones():
     assert refused(Tower("ViT-B-32").identity) == (
         "CLIP model 'ViT-B-32': name its weights too (pretrained: openai), or a local-dir:PATH"
     )
-    message = refused(Tower("ViT-B-32").pictures, [picture(0)])
-    assert message.startswith("CLIP model 'ViT-B-32' with weights 'None' cannot be loaded (")
-    assert message.endswith("): check both names, or name a folder with local-dir:PATH")
 
 
 def test_an_unknown_clip_model_is_named():
-    assert refused(Tower("ViT-Z-99", "openai").texts, ["a"]).startswith("CLIP model 'ViT-Z-99' with weights 'openai' cannot be loaded (")
+    message = refused(Tower("ViT-Z-99", "openai").texts, ["a"])
+    assert message.startswith("CLIP model 'ViT-Z-99' with weights 'openai' cannot be loaded (")
+    assert message.endswith("): check both names, or name a folder with local-dir:PATH")
 
 
 def test_a_clip_folder_that_is_not_there_is_named(tmp_path):

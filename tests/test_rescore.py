@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from runs import folder_of, refused, results, session, table, works
+from whole_runs import folder_of, refused, results, session, table, works
 
 WEIGHTS = "clip_t=0.3,bright=0.7"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import Process, Told, fdpo, manifests, refused, results, wait_for, works
+from whole_runs import Process, Told, fdpo, manifests, refused, results, wait_for, works
 
 KILLS = 25
 

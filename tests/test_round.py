@@ -15,7 +15,7 @@ import torch
 from datasets import load_dataset
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from runs import folder_of, manifests, refused, results, session, table, works
+from whole_runs import folder_of, manifests, refused, results, session, table, works
 
 from fashiondpo_pipeline import config, testing
 from fashiondpo_pipeline.generators.text2img import Text2Image

@@ -64,7 +64,7 @@ def size(count: float) -> str:
     """Bytes for people.
 
     >>> size(1536), size(0), size(41_000_000)
-    ('1.5 kB', '0 B', '41 MB')
+    ('1.54 kB', '0 B', '41 MB')
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

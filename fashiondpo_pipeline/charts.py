@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 EXPERT_COLOURS, ROUND_COLOURS = 7, 6
 MOST_POINTS = 240  # of one curve: more cannot be told apart at this size, and each is bytes
 BINS, TAIL = 32, 0.02
+ROUND_TICKS = [1, 2, 2.5, 5, 10]  # 50, 60, 70 and not 48, 56, 64
 
 _NAMES = ("ink", "muted", "line", "card", "good", "bad",
           *(f"expert-{n}" for n in range(EXPERT_COLOURS)), *(f"round-{n}" for n in range(ROUND_COLOURS)))
@@ -82,7 +83,7 @@ def outlines(values: Sequence[tuple[str, np.ndarray]], *, x: str, y: str, about:
                 axes.stairs(share, edges, color=_PLACEHOLDERS[colour], alpha=0.13, fill=True)
             axes.plot([np.clip(found.mean(), low, high)], [0], marker="^", markersize=6, color=_PLACEHOLDERS[colour], clip_on=False, zorder=3)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_TICKS))
         axes.grid(False, axis="x")
 
     return _svg(draw, x, y, about)
@@ -150,7 +151,7 @@ def _svg(draw: Callable[[Axes], None], x: str, y: str, about: str) -> Markup:
         axes = figure.subplots()
         draw(axes)
         axes.set(xlabel=x, ylabel=y)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_TICKS))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _inline(buffer.getvalue(), about)

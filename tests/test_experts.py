@@ -259,7 +259,7 @@ def test_an_unknown_kind_is_answered_with_the_nearest():
 
 def test_a_clip_model_without_weights_is_refused_before_it_is_built_with_random_ones():
     assert refused(Tower("ViT-B-32").identity) == (
-        "CLIP model 'ViT-B-32': name its weights too (pretrained: openai), or a local-dir:PATH"
+        "CLIP model 'ViT-B-32': name its weights too (pretrained: laion2b_s34b_b79k), or a local-dir:PATH"
     )
 
 

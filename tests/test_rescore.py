@@ -73,7 +73,7 @@ def test_saved_pairs_are_trained_on_drawn_with_and_exported(finished):
     whole = results(finished / "runs/t")
     name = saved(works("rescore", "--round", "1", "--weights", WEIGHTS))
     told = works("finetune", "--round", "1", "--pairs", name)
-    assert told.err.startswith("round 1 finetune: done in ")
+    assert told.err.startswith("round 1 finetune: ")
     assert works("finetune", "--round", "1", "--pairs", name).err == "round 1 finetune: done already, nothing to do\n"
     works("export", "theirs", "--round", "1")
     works("export", "ours", "--round", "1", "--pairs", name)
@@ -138,5 +138,5 @@ def test_weights_that_are_none(place, weights, sentence):
 
 
 def test_scores_that_are_not_there_are_named(finished):
-    told = refused("rescore", "--round", "1", "--weights", "mood=1", "--set", "experts.mood.use=runs:Mood")
+    told = refused("rescore", "--round", "1", "--weights", "mood=1", "--set", "experts.mood.use=whole_runs:Mood")
     assert told == "round 1: score-mood has not been run with these settings; `fdpo round` makes it"

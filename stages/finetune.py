@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from fashiondpo_pipeline import adapters, codecs, diffusion, schemas, seeds
+from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.objectives import Objective
 from fashiondpo_pipeline.registry import OBJECTIVES
@@ -24,7 +25,9 @@ FIRST_MARGIN = {"no": 0.05, "fp16": 0.5, "bf16": 2.0}
 
 
 def run(session, step: Step, out: Output) -> None:
-    knobs = session.config.finetune.model_validate({k: v for k, v in step.config.items() if k in type(session.config.finetune).model_fields})
+    claimed = {name: value for name, value in step.config.items() if name in Finetune.model_fields}
+    # How often to write a checkpoint changes no result, so the claim does not hold it.
+    knobs = Finetune.model_validate(claimed | {"checkpoint_every": session.config.finetune.checkpoint_every})
     objective: Objective = OBJECTIVES.find(knobs.objective)
     before = step.inputs.get("adapter")
     generator = session.generator(before)

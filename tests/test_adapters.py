@@ -119,11 +119,12 @@ def test_a_saved_adapter_comes_back_as_it_was(generator, tmp_path, alpha):
     adapters.check_shape(generator.denoiser, 4, alpha, TARGETS)
 
 
-def test_an_adapter_saved_twice_is_the_same_file(generator, tmp_path):
+def test_an_adapter_saved_again_is_the_same_file(generator, tmp_path):
+    """Eight times, as safetensors alone would order its two notes by a coin."""
     trained(generator)
-    generator.save_adapter(tmp_path / "first")
-    generator.save_adapter(tmp_path / "second")
-    assert (tmp_path / "first" / adapters.FILE).read_bytes() == (tmp_path / "second" / adapters.FILE).read_bytes()
+    for i in range(8):
+        generator.save_adapter(tmp_path / str(i))
+    assert len({(tmp_path / str(i) / adapters.FILE).read_bytes() for i in range(8)}) == 1
 
 
 def test_an_adapter_without_notes_is_read_from_its_tensors(generator, tmp_path):

@@ -1,5 +1,6 @@
 """fdpo: parses, calls, prints. Nothing heavy is imported until a command needs it."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,7 @@ def _config(config: Path | None, sets: list[str] | None, name: str | None) -> An
 
     here = Path("pipeline.yaml")
     path = config or (here if here.is_file() else None)
-    return load(path, [*(sets or []), *([f"name={name}"] if name else [])])
+    return load(path, [*(sets or []), *([f"name={json.dumps(name)}"] if name else [])])
 
 
 def _session(config: Path | None, sets: list[str] | None, name: str | None) -> Any:

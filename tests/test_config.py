@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fashiondpo_pipeline import config
+from fashiondpo_pipeline import cli, config
 from fashiondpo_pipeline.config import Config, Expert, Section, describe_knobs, load, template
 from fashiondpo_pipeline.errors import UserError
 
@@ -239,6 +239,12 @@ def test_an_override_changes_one_knob_and_keeps_its_neighbours(tmp_path):
     assert found.pair.weights == {"clip_i": 2, "clip_t": 0.4} and found.pair.margin == 0.25
     assert found.sample == Config(sample={"save": [1, 2]}).sample
     assert found.finetune.min_snr == 5 and found.evaluate.judge is None and found.name == "x"
+
+
+@pytest.mark.parametrize("name", ["2024", "1e5", "null", "t.1"])
+def test_a_run_may_be_called_what_yaml_would_take_for_a_number(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert cli._config(None, None, name).name == name
 
 
 def test_the_last_of_two_overrides_counts_and_one_may_empty_what_another_filled():

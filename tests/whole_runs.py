@@ -137,7 +137,8 @@ def _stop_after(pattern: str) -> None:
 
     def putting(path: Path, write) -> None:
         put(path, write)
-        if path.match(pattern):
+        if path.match(pattern) and workspace._put is putting:
+            workspace._put = put  # once: told to go on, it goes on
             os.kill(os.getpid(), signal.SIGSTOP)
 
     workspace._put = putting

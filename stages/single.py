@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fashiondpo_pipeline.config import Pair
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.workspace import Step, read_json
-from stages import Chain, Round, Session, report
+from stages import Chain, Round, Session
 from stages.naming import command_for
 from stages.rounds import in_words
 
@@ -15,6 +15,8 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     chain, number = choose(session, stage, number, pairs)
     with session.run.lock():
         if stage == "report":
+            from stages import report  # here, as its charts take longer to import than `fdpo status` runs
+
             session.say(f"report   {report.write(session, chain)}")
             return
         steps = steps_of(chain, chain.rounds[number], stage)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from whole_runs import fdpo, folder_of, refused, session, table, works
 
-MOOD = ("--set", "experts.mood.use=runs:Mood")
+MOOD = ("--set", "experts.mood.use=whole_runs:Mood")
 
 
 def cheap(*sets: str) -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def cheap(*sets: str) -> tuple[str, ...]:
     ("knob", "sentence"),
     [
         ("finetune.bta=5", "finetune.bta: unknown key; did you mean 'beta'?"),
-        ("sample.steps=ten", "sample.steps: should be a valid integer, not 'ten'"),
+        ("sample.steps=ten", "sample.steps: should be a whole number, not 'ten'"),
         ("pair.weights={clip: 1}", "pair.weights: no expert called 'clip'; did you mean 'clip_t'?"),
         ("evaluate.judge=jury", "evaluate.judge: no expert called 'jury'; known: bright, clip_t"),
     ],
@@ -66,7 +66,7 @@ def test_an_unknown_objective_generator_or_expert(place):
     assert refused(*cheap("experts.mood.use=clip")) == "no expert called 'clip'; did you mean 'clip_text'?"
     assert refused(*cheap("experts.mood.use=nowhere:Mood")) == (
         "the expert 'nowhere:Mood' cannot be imported (No module named 'nowhere'): install the package it lives in")
-    assert refused(*cheap("experts.mood.use=runs:Moot")) == "the expert 'runs:Moot': runs has no 'Moot'"
+    assert refused(*cheap("experts.mood.use=whole_runs:Moot")) == "the expert 'whole_runs:Moot': whole_runs has no 'Moot'"
 
 
 def test_another_lora_shape_between_rounds(finished):
@@ -130,7 +130,7 @@ def test_lora_targets_that_fit_nothing(place):
     [
         ("p.txt", b"a red dress\na caf\xe9-coloured hat\n", "p.txt, line 2: not UTF-8 (byte 17); save the file as UTF-8"),
         ("p.txt", b"\n \n", "p.txt: there is no prompt in it; write one a line"),
-        ("p.txt", b"a hat\na hat\n", "p.txt, line 2: 'a-hat-5e13c2' was given in line 1; take one of them out"),
+        ("p.txt", b"a hat\na hat\n", "p.txt, line 2: 'a-hat-792c65' was given in line 1; take one of them out"),
         ("p.csv", b"text\na hat\n", "p.csv: no column 'prompt' in its first line; name the columns there"),
         ("p.csv", b"prompt,colour\n,red\n", "p.csv, line 2: the prompt is empty; fill it or take the line out"),
         ("p.jsonl", b'{"prompt": "a hat"}\n}\n', "p.jsonl, line 2: not JSON (Expecting value: line 1 column 1 (char 0))"),
@@ -190,7 +190,7 @@ def scores(place, name: str = "mood") -> list[dict]:
 
 def moody(moods: dict, *sets: str) -> tuple[str, ...]:
     moods = json.dumps(moods)
-    return cheap("experts.mood.use=runs:Mood", f"experts.mood.options.moods={moods}", "pair.weights={mood: 1}", *sets)
+    return cheap("experts.mood.use=whole_runs:Mood", f"experts.mood.options.moods={moods}", "pair.weights={mood: 1}", *sets)
 
 
 def test_an_expert_that_raises_for_some_gives_them_a_reason_and_the_run_goes_on(place):
@@ -217,7 +217,7 @@ def test_an_expert_that_is_silent_about_all_stops_the_run_and_is_asked_again_onc
     command = moody({"a-": mood})
     assert re.fullmatch(rf"round 0: expert 'mood' gave no score for any of 12 candidates \({reason}\): mend it and run the "
                         "same command again", refused(*command))
-    monkeypatch.setattr("runs.Mood._one", lambda self, row: float(np.asarray(row["picture"]).mean() / 255))
+    monkeypatch.setattr("whole_runs.Mood._one", lambda self, row: float(np.asarray(row["picture"]).mean() / 255))
     assert "steps are done, going on with round 0 held-out-score-mood" in works(*command).err
 
 
@@ -227,15 +227,15 @@ def test_an_expert_may_be_silent_about_a_whole_shard(place):
 
 
 def test_an_expert_that_gives_too_few_scores(place, monkeypatch):
-    monkeypatch.setattr("runs.Mood.__call__", lambda self, rows: [0.5])
-    assert refused(*moody({})) == "Mood gave 1 scores for 8 pictures: one for each is the contract"
+    monkeypatch.setattr("whole_runs.Mood.__call__", lambda self, rows: [0.5])
+    assert refused(*moody({})) == "Mood gave 1 scores for 4 pictures: one for each is the contract"
 
 
 def test_a_full_disk_under_an_expert_is_not_an_opinion(place, monkeypatch):
     def full(self, rows):
         raise OSError(28, "No space left on device", "cache.bin")
 
-    monkeypatch.setattr("runs.Mood.__call__", full)
+    monkeypatch.setattr("whole_runs.Mood.__call__", full)
     assert refused(*moody({})) == (
         "the disk is full (cache.bin): what was finished is kept; make room and run the same command again")
 

@@ -10,7 +10,7 @@ from whole_runs import fdpo, session, works
 from fashiondpo_pipeline import __version__, config
 
 LIGHT = ["torch", "torchvision", "diffusers", "transformers", "open_clip", "peft", "matplotlib"]
-PARSING = [*LIGHT, "numpy", "pandas", "pyarrow", "PIL", "pydantic", "yaml", "jinja2"]
+PARSING = [*LIGHT, "numpy", "pandas", "pyarrow", "PIL", "yaml", "jinja2"]
 
 
 def imported(commands: list[list[str]], modules: list[str], folder) -> dict[str, list[str]]:

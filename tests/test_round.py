@@ -56,7 +56,7 @@ KNOBS = {
     "sample.save=2": DRAWN,
     "sample.tile=4": EVERYTHING,
     "experts.mood.options.moods={red: 0.5}": rf"\d (held-out-)?score-mood|{PREFERRED}",
-    "experts.bright.use=runs:Mood": rf"\d (held-out-)?score-bright|{EVALUATE}",  # watched only
+    "experts.bright.use=whole_runs:Mood": rf"\d (held-out-)?score-bright|{EVALUATE}",  # watched only
     "experts.another.use=fashiondpo_pipeline.testing:Brightness": rf"\d (held-out-)?score-another|{EVALUATE}",
     "experts.clip_t.options.model=local-dir:{other_clip}": rf"\d (held-out-)?(score-clip_t|embed-.*)|{PREFERRED}",
     "pair.weights={clip_t: 0.7, mood: 0.3}": PREFERRED,
@@ -104,7 +104,7 @@ KNOBS = {
     "machine.shard=1": NOTHING,
     "machine.threads=2": NOTHING,
 }
-MOOD = "experts.mood.use=runs:Mood"
+MOOD = "experts.mood.use=whole_runs:Mood"
 WEIGHTS = "pair.weights={clip_t: 0.5, mood: 0.5}"
 
 

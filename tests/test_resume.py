@@ -66,7 +66,7 @@ def test_a_run_killed_at_25_moments_ends_as_if_nothing_had_happened(place, finis
     assert not (between_checkpoints / "adapter").exists()
     kill(moments[6:])
 
-    assert len({path.name for path in struck if path}) >= 8, "the kills should be spread over many steps"
+    assert len({path.name for path in struck if path}) >= 5, "the kills should be spread over many steps"
     assert {path.parent.name for path in struck if path} >= {"round-01", "round-02", "round-03"}
     assert works_in(place, "round") == 0
     assert results(run) == results(finished_place / "runs/t")

@@ -25,7 +25,7 @@ class Commands(typer.core.TyperGroup):
         except Exception as problem:
             if not disk_is_full(problem):
                 raise
-            name = getattr(problem, "filename", None)
+            name = getattr(problem, "filename2", None) or getattr(problem, "filename", None)  # of a copy, the copy
             where = f" ({name})" if name else ""
             _fail(f"the disk is full{where}: what was finished is kept; make room and run the same command again")
 

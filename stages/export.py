@@ -1,10 +1,9 @@
 """`fdpo export`: a round's LoRA as one file for diffusers, and a file that says where it comes from."""
 
-import shutil
 from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.workspace import write_json
+from fashiondpo_pipeline.workspace import replace_bytes, write_json
 from stages import Session
 from stages.single import finished
 
@@ -16,7 +15,7 @@ def run(session: Session, folder: Path, number: int | None, pairs: str | None) -
     manifest = session.output(step).manifest
     folder.mkdir(parents=True, exist_ok=True)
     for file in (session.run.root / step.folder / "adapter").iterdir():
-        shutil.copyfile(file, folder / file.name)
+        replace_bytes(folder / file.name, file.read_bytes())
     lineage = {"base": session.config.generator.model, "base_hash": session.generator_identity, "run": session.config.name,
                "round": number, "finetune": manifest["claim"], "numbers": manifest["numbers"], "versions": manifest["versions"]}
     write_json(folder / "lineage.json", lineage)

@@ -4,12 +4,14 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
-from stages import Chain, Session, report
+from stages import Chain, Session
 from stages.naming import command_for
 from stages.plan import estimate
 
 
 def run(session: Session, n: int | None) -> None:
+    from stages import report  # here, as its charts take longer to import than `fdpo status` runs
+
     n = n or session.config.rounds
     chain = session.chain(n)
     with session.run.lock():

@@ -15,7 +15,7 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     chain, number = choose(session, stage, number, pairs)
     with session.run.lock():
         if stage == "report":
-            from stages import report  # here, as its charts take longer to import than `fdpo status` runs
+            from stages import report  # here, for the same reason as in rounds
 
             session.say(f"report   {report.write(session, chain)}")
             return

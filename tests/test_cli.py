@@ -9,7 +9,7 @@ from whole_runs import fdpo, session, works
 
 from fashiondpo_pipeline import __version__, config
 
-LIGHT = ["torch", "torchvision", "diffusers", "transformers", "open_clip", "peft", "matplotlib"]
+LIGHT = ["torch", "torchvision", "diffusers", "transformers", "open_clip", "peft"]
 PARSING = [*LIGHT, "numpy", "pandas", "pyarrow", "PIL", "yaml", "jinja2"]
 
 

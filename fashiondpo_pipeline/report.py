@@ -182,8 +182,8 @@ def decimals_for(values: np.ndarray) -> int:
 
 
 def percent(rate: dict) -> str:
-    """A win rate with its interval."""
-    return f"{100 * rate['win_rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]".replace(" ", UNBROKEN)
+    """A win rate with its interval, on one line."""
+    return statistics.percent(rate).replace(" ", UNBROKEN)
 
 
 def duration(seconds: float) -> str:

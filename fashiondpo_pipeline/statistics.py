@@ -28,6 +28,15 @@ def bootstrap(values: np.ndarray, seed: int, resamples: int, coverage: float) ->
     return float(total.sum() / count.sum()), float(low), float(high)
 
 
+def percent(rate: dict) -> str:
+    """A win rate with its interval, for people.
+
+    >>> percent({"win_rate": 0.7, "low": 0.625, "high": 0.75})
+    '70.0 % [62.5, 75.0]'
+    """
+    return f"{100 * rate['win_rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
 def diversity(embeddings: np.ndarray) -> float:
     """Mean cosine distance between pictures of one group, averaged over groups; embeddings (g, k, d) of unit length.
 

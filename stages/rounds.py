@@ -2,6 +2,7 @@
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.registry import OBJECTIVES
+from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session
@@ -82,11 +83,6 @@ def in_words(numbers: dict, number: int) -> str:
     if numbers["diversity"]["after"] is not None and numbers["diversity"]["base"]:
         text += f" · diversity {numbers['diversity']['after'] / numbers['diversity']['base']:.2f} of the base's"
     return text
-
-
-def percent(rate: dict) -> str:
-    """A win rate with its interval."""
-    return f"{100 * rate['win_rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def _table(session: Session, chain: Chain) -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,24 +50,24 @@ def kill_after_writing(place: Path, pattern: str) -> Path:
 
 @pytest.mark.slow
 def test_a_run_killed_at_25_moments_ends_as_if_nothing_had_happened(place, finished_place):
-    run, chance = place / "runs/t", random.Random(2)
-    moments = sorted(chance.randrange(progress(finished_place / "runs/t")) for _ in range(KILLS - 2))
-    struck = []
+    run, chance, struck = place / "runs/t", random.Random(2), []
+    end = progress(finished_place / "runs/t")
 
-    def kill(moments: list[int]) -> None:
-        for moment in moments:
+    def kill(count: int, of: int) -> None:
+        for left in range(of, of - count, -1):  # somewhere in the part that is then due
+            moment = progress(run) + chance.randint(0, 2 * (end - progress(run)) // (left + 1))
             kill_at(place, moment, chance.uniform(0, 0.1))
             struck.append(begun(run))
 
-    kill(moments[:6])
+    kill(6, of=KILLS - 2)
     between_shards = kill_after_writing(place, "sample-*/parts/00000.json")
     assert not (between_shards / "parts/00001.json").exists()
     between_checkpoints = kill_after_writing(place, "finetune-*/work/checkpoint.pt")
     assert (between_checkpoints / "work/checkpoint.pt").is_file()
     assert not (between_checkpoints / "adapter").exists()
-    kill(moments[6:])
+    kill(KILLS - 8, of=KILLS - 8)
 
-    assert len({path.name for path in struck if path}) >= 5, "the kills should be spread over many steps"
+    assert len({path.name for path in struck if path}) >= 8, "the kills should be spread over many steps"
     assert {path.parent.name for path in struck if path} >= {"round-01", "round-02", "round-03"}
     assert works_in(place, "round") == 0
     assert results(run) == results(finished_place / "runs/t")
@@ -198,18 +199,20 @@ def test_a_damaged_manifest_is_named_with_the_way_out(finished):
 @contextlib.contextmanager
 def small_disk(at: Path) -> Iterator:
     """A disk of its own at `at`; yields what sets its size in kB. Needs root, as mounting does."""
+    disk = Path(tempfile.mkdtemp())  # not below pytest's folders: it could not clear them if we were killed here
 
     def mount(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["mount", *args, str(at)], capture_output=True, text=True)
+        return subprocess.run(["mount", *args, str(disk)], capture_output=True, text=True)
 
-    at.mkdir()
+    at.symlink_to(disk)
     made = mount("-t", "tmpfs", "-o", "size=4k", "tmpfs")
     if made.returncode:
         pytest.skip(f"this machine does not let us mount a small disk: {made.stderr.strip()}")
     try:
         yield lambda kilobytes: mount("-o", f"remount,size={kilobytes}k")
     finally:
-        subprocess.run(["umount", "--lazy", str(at)], check=True)  # tables that were read are still mapped
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # tables that we have read may still be mapped
+        disk.rmdir()
 
 
 @pytest.mark.slow

@@ -83,7 +83,10 @@ def session(*sets: str) -> Session:
 
 # Forked from a server that has imported everything: a start costs a hundredth of a second instead of six.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["fashiondpo_pipeline.generators.text2img", "open_clip", "stages.finetune", "stages.rounds"])
+_FORKS.set_forkserver_preload([
+    "fashiondpo_pipeline.generators.text2img", "fashiondpo_pipeline.experts.clip", "open_clip", "diffusers.guiders", "pandas",
+    "rich.progress", "stages.finetune", "stages.report",
+])
 
 
 class Process:
@@ -124,6 +127,7 @@ class Process:
 
 def _enter(folder: Path, told: Path, args: tuple[str, ...], pause: str | None) -> None:
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(told / name, os.O_WRONLY), number)
     if pause:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.registry import did_you_mean
@@ -26,6 +26,12 @@ def _only(wanted: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def _rising(pair: list[float]) -> list[float]:
+    if pair[0] > pair[1]:
+        raise ValueError
+    return pair
+
+
 Name = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
@@ -37,6 +43,12 @@ SavedSteps = Annotated[
     _only("all, a count from 1, or a list of step numbers from 0"),
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Window = Annotated[
+    list[Annotated[float, Field(ge=0, le=1)]],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_rising),
+    _only("two numbers from 0 to 1, the lower first"),
+]
 
 
 class Section(BaseModel):
@@ -124,6 +136,9 @@ class Pair(Section):
     margin: float = Field(
         0.5, ge=0, description="least gap of the mixed score, in its unit (standard deviations for zscore); 0 rejects only ties"
     )
+    agree: float | None = Field(
+        0.3, ge=0, description="least gap that every rewarded expert by itself must see; 0: none may disagree; null: only the mix counts"
+    )
     per_group: int | None = Field(None, ge=1, description="at most so many pairs a prompt, widest first; mirror: 10 if null")
     per_candidate: int | None = Field(None, ge=1, description="at most so many pairs with the same candidate, widest first")
     labels: Literal["scored", "swapped", "random"] = Field(
@@ -163,12 +178,16 @@ class Finetune(Section):
         None, gt=0, description="step_dpo: stop pushing a candidate whose mean log-ratio is beyond this; null: never"
     )
     epochs: int = Field(5, ge=1, description="passes over the groups")
-    groups: int = Field(4, ge=1, description="groups an optimiser step")
+    groups: int = Field(2, ge=1, description="groups an optimiser step")
+    window: Window = Field(
+        [0.3, 0.9],
+        description="the part of the walk that is trained on, from 0 (noise) to 1 (picture): its middle decides most; [0, 1]: all",
+    )
     timesteps: int = Field(5, ge=1, description="saved steps (or draws) of each group used in an optimiser step")
     micro_batch: int = Field(
         64, ge=1, description="rows through the denoiser at once; gradients accumulate to the same result; at least one group"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
+    learning_rate: float = Field(6e-4, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
     warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
     decay: Literal["none", "linear"] = Field(
         "linear", description="of the learning rate after warm-up: none, or linear to 0 at the end"

@@ -62,7 +62,10 @@ class Chooser:
     def parts(self) -> list[tuple[slice, Pairs]]:
         """The pairs, so many groups at a time, numbered within their slice."""
         slices = [slice(start, start + GROUPS_A_PART) for start in range(0, len(self.mixed), GROUPS_A_PART)]
-        return [(rows, preferences.choose(self.mixed[rows], self.rule, self._threshold)) for rows in slices]
+        return [(rows, self._choose(rows)) for rows in slices]
+
+    def _choose(self, rows: slice) -> Pairs:
+        return preferences.choose(self.mixed[rows], self.rule, self._threshold, [normal[rows] for normal in self.normal.values()])
 
     def pairs(self) -> Pairs:
         """All pairs, numbered over the whole grid."""

@@ -22,6 +22,7 @@ class Rule:
     over: str = "group"
     select: str = "all"
     margin: float = 0.5
+    agree: float | None = None
     per_group: int | None = None
     per_candidate: int | None = None
     labels: str = "scored"
@@ -119,13 +120,16 @@ def mix(scores: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
     return np.sum([weight / total * scores[name] for name, weight in weights.items() if weight > 0], axis=0)
 
 
-def choose(mixed: np.ndarray, rule: Rule, threshold: float = 0.0) -> Pairs:
+def choose(mixed: np.ndarray, rule: Rule, threshold: float = 0.0, opinions: Sequence[np.ndarray] = ()) -> Pairs:
     """The pairs that `rule` makes of mixed scores (g, k), widest first within a group.
 
-    threshold: the median of every mixed score, for `median_split`. Ties and pairs within the margin are left out.
+    threshold: the median of every mixed score, for `median_split`. opinions: each rewarded expert's normalised scores (g, k),
+    for `agree`. Ties, pairs within the margin and pairs that the experts do not agree on are left out.
     """
     select = {"all": _every, "best_worst": _mirror, "mirror": _mirror, "median_split": _split}[rule.select]
     pairs = select(mixed, rule.margin, threshold)
+    if rule.agree is not None:
+        pairs = pairs[_agreed(pairs, rule.agree, opinions)]
     order = np.lexsort((-pairs.margin, pairs.group))  # stable: equal margins stay in the order of their candidates
     pairs = pairs[order]
     per_group = {"best_worst": 1, "mirror": rule.per_group or MIRROR_PAIRS}.get(rule.select, rule.per_group)
@@ -134,6 +138,15 @@ def choose(mixed: np.ndarray, rule: Rule, threshold: float = 0.0) -> Pairs:
     if per_group is not None:
         pairs = pairs[_nth_in_group(pairs.group) < per_group]
     return pairs
+
+
+def _agreed(pairs: Pairs, agree: float, opinions: Sequence[np.ndarray]) -> np.ndarray:
+    """Which pairs every expert by itself prefers by at least `agree`: the winner Pareto-dominates the loser."""
+    keep = np.ones(len(pairs), bool)
+    for scores in opinions:
+        gap = scores[pairs.group, pairs.winner] - scores[pairs.group, pairs.loser]
+        keep &= (gap >= agree) & (gap > -TIE)
+    return keep
 
 
 def _every(mixed: np.ndarray, margin: float, _: float) -> Pairs:
@@ -211,7 +224,9 @@ def reasons(scores: dict[str, np.ndarray], mixed: np.ndarray, pairs: Pairs, rule
         elif rule.select == "median_split" and np.ptp(mixed[row][known]) >= rule.margin:
             found[row] = "all on one side of the median"
         else:
-            found[row] = f"widest gap {np.ptp(mixed[row][known]):.3g} is within the margin {rule.margin:g}"
+            widest = np.ptp(mixed[row][known])
+            within = f"widest gap {widest:.3g} is within the margin {rule.margin:g}"
+            found[row] = within if rule.agree is None or widest < rule.margin else "the experts agree on no pair beyond the margin"
     return found
 
 

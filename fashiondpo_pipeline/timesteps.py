@@ -1,4 +1,4 @@
-"""Which steps of a walk are kept for finetuning."""
+"""Which steps of a walk are kept, and which of them finetuning uses."""
 
 from fashiondpo_pipeline.errors import UserError
 
@@ -19,3 +19,16 @@ def saved_steps(save: str | int | list[int], steps: int) -> list[int]:
     if wrong or not save:
         raise UserError(f"sample.save: {wrong or 'an empty list'} is not within the steps 0..{steps - 1}")
     return sorted(set(save))
+
+
+def in_window(kept: list[int], steps: int, window: list[float]) -> list[int]:
+    """Places in `kept` of the steps within a part of the walk, from 0 (its first step, from noise) to 1 (its last).
+
+    >>> in_window([0, 3, 6, 9], 10, [0.3, 0.9])
+    [1, 2]
+    """
+    low, high = window
+    found = [place for place, step in enumerate(kept) if low <= step / max(steps - 1, 1) <= high]
+    if not found:
+        raise UserError(f"finetune.window {window} holds none of the saved steps {kept} of {steps}: widen it, or save others")
+    return found

@@ -16,6 +16,7 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.objectives import Objective
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.sampling import Condition, predict, tracked_error
+from fashiondpo_pipeline.timesteps import in_window
 from fashiondpo_pipeline.training import Batch, Group, accumulate, groups_of, schedule_of
 from fashiondpo_pipeline.workspace import Output, Step, replace_bytes
 
@@ -129,11 +130,12 @@ class Store:
         """Copy what the objective needs of every wanted candidate into arrays; (group, candidate) -> row."""
         shape = self.generator.latent_shape
         by_step = [] if self.fresh else ["x_t", "x_prev"] if self.objective.signal == "log_prob" else ["x_t"]
-        needed = ["group", "candidate", "timesteps", "x_0", "log_prob", "error", *by_step]
+        needed = ["group", "candidate", "steps", "timesteps", "x_0", "log_prob", "error", *by_step]
         place: dict[tuple[str, int], int] = {}
         self._names: list[str] = []
         arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("x_0", "log_prob", "error", *by_step)}
-        timesteps: list[int] | None = None
+        steps: list[int] = []
+        timesteps: list[int] = []
         for shard in sample.shards("trajectories"):
             table = sample.table("trajectories", needed, shard)
             for row in table.to_pylist():
@@ -141,28 +143,27 @@ class Store:
                     continue
                 place[row["group"], row["candidate"]] = len(place)
                 self._names.append(row["group"])
-                timesteps = row["timesteps"]
+                steps, timesteps = row["steps"], row["timesteps"]
                 arrays["x_0"].append(codecs.decode_half([row["x_0"]], shape)[0])
                 arrays["log_prob"].append(np.array([math.nan if v is None else v for v in row["log_prob"]]))
                 arrays["error"].append(np.array(row["error"], np.float32))
                 for name in by_step:
                     arrays[name].append(codecs.decode_half(row[name], shape))
         self._arrays = {name: np.stack(values) for name, values in arrays.items()}
-        assert timesteps is not None
-        usable = list(range(len(timesteps)))
+        if self.fresh:
+            self.columns = self.knobs.draws
+            return place
+        usable = in_window(steps, self.sampled["steps"], self.knobs.window)
         if self.objective.signal == "log_prob":
             usable = [i for i in usable if np.isfinite(self._arrays["log_prob"][:, i]).all()]
             if not usable:
                 raise UserError(f"finetune.objective {self.knobs.objective} needs log-probabilities, which sample.eta 0 does not give: "
                                 "raise sample.eta, or use diffusion_dpo")
-        if self.fresh:
-            self.columns = self.knobs.draws
-        else:
-            self.columns = len(usable)
-            self._timesteps = np.array(timesteps)[usable]
-            self._scale = self._scales()  # (columns,)
-            for name in ("log_prob", "error", *by_step):
-                self._arrays[name] = self._arrays[name][:, usable]
+        self.columns = len(usable)
+        self._timesteps = np.array(timesteps)[usable]
+        self._scale = self._scales()  # (columns,)
+        for name in ("log_prob", "error", *by_step):
+            self._arrays[name] = self._arrays[name][:, usable]
         return place
 
     def _scales(self) -> np.ndarray:
@@ -220,8 +221,10 @@ class Store:
 
     def _draw(self, key: tuple[str, int], shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
         random = seeds.generator(self._seed, "fresh", *key)
-        # draws are spread over the timesteps, a stratum each
-        low, high = (FRESH_TIMESTEPS * (key[1] + i) // self.columns for i in (0, 1))
+        # draws are spread over the window's timesteps, a stratum each; the walk goes from high timesteps to low
+        last, first = (1 - share for share in self.knobs.window)
+        low, high = (int(FRESH_TIMESTEPS * (first + (last - first) * (key[1] + i) / self.columns)) for i in (0, 1))
+        low = min(low, FRESH_TIMESTEPS - 1)
         return torch.randn(shape, generator=random), int(torch.randint(low, max(high, low + 1), (), generator=random))
 
     def reference(self, generator, base: bool) -> np.ndarray:

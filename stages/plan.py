@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fashiondpo_pipeline.terminal import show, size
-from fashiondpo_pipeline.timesteps import saved_steps
+from fashiondpo_pipeline.timesteps import in_window, saved_steps
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session
 
@@ -51,7 +51,8 @@ def _line(session: Session, step: Step) -> Line:
         size = rows * 24
     elif step.stage == "finetune":
         f, groups = session.config.finetune, len(session.prompts["train"])
-        columns = f.draws if f.noise == "fresh" and f.objective == "diffusion_dpo" else len(_saved(step.inputs["sample"]))
+        saved, drawn = _saved(step.inputs["sample"]), step.inputs["sample"].config["steps"]
+        columns = f.draws if f.noise == "fresh" and f.objective == "diffusion_dpo" else len(in_window(saved, drawn, f.window))
         rows = f.epochs * math.ceil(groups / f.groups)
         branches = 1 if step.inputs["sample"].config["guidance"] == 1 or f.objective != "step_dpo" else 2
         forwards = 3 * f.epochs * groups * session.config.sample.candidates * min(f.timesteps, columns) * branches

@@ -48,6 +48,12 @@ def test_steps_to_save_that_there_are_not(place):
     assert refused(*cheap("sample.save=[1, 7]")) == "sample.save: [7] is not within the steps 0..3"
 
 
+def test_a_window_without_a_saved_step_is_refused_before_sampling(place):
+    assert refused(*cheap("sample.save=[0, 3]")) == (
+        "finetune.window [0.3, 0.9] holds none of the saved steps [0, 3] of 4: widen it, or save others")
+    assert not list((place / "runs/t").glob("round-*"))
+
+
 def test_an_objective_that_needs_what_the_sampler_will_not_give_is_refused_before_sampling(place):
     assert refused(*cheap("sample.eta=0")) == (
         "finetune.objective step_dpo needs log-probabilities, which sample.eta 0 does not give: raise sample.eta, "

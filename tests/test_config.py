@@ -143,6 +143,8 @@ def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
         ("sample: {save: 0}", f"sample.save: {SAVED}, not 0"),
         ("sample: {save: [-1]}", f"sample.save: {SAVED}, not [-1]"),
         ("sample: {save: some}", f"sample.save: {SAVED}, not 'some'"),
+        *((f"finetune: {{window: {window}}}", f"finetune.window: should be two numbers from 0 to 1, the lower first, not {window}")
+          for window in ("[0.9, 0.1]", "[0.1]", "[0, 2]", "7")),
         ("sample: {save: true}", f"sample.save: {SAVED}, not true"),
         ("name: ../elsewhere", f"name: {A_NAME}, not '../elsewhere'"),
         ("name: 3", f"name: {A_NAME}, not 3"),

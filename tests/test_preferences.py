@@ -141,6 +141,28 @@ def test_a_mix_is_a_weighted_mean_and_misses_what_any_expert_misses(scores, firs
     assert found == pytest.approx(np.array(wanted), nan_ok=True)
 
 
+def test_a_pair_needs_every_expert_on_its_side_by_so_much():
+    first, second = np.array([[0.0, 1.0, 2.0, NAN]]), np.array([[0.0, 2.0, 0.5, 1.0]])
+    mixed, weights = first + second, {"a": 1.0, "b": 1.0}  # 0, 3, 2.5
+
+    def chosen(agree):
+        return listed(choose(mixed, Rule(weights, margin=0.0, agree=agree), 0.0, [first, second]))
+
+    assert chosen(None) == [(0, 1, 0), (0, 2, 0), (0, 1, 2)]
+    assert chosen(0.0) == chosen(0.5) == [(0, 1, 0), (0, 2, 0)]  # the first expert prefers 2 to 1
+    assert chosen(1.0) == [(0, 1, 0)]
+    assert chosen(1.5) == []
+
+
+@given(grids(), st.sampled_from([0.0, 0.125, 1.0]))
+def test_agreeing_pairs_are_the_pareto_pairs(first, agree):
+    second = np.flip(first, 1) if first.shape[1] > 2 else first
+    mixed = first + second
+    found = set(listed(choose(mixed, Rule({}, margin=0.0, agree=agree), 0.0, [first, second])))
+    everyone = set(listed(choose(mixed, Rule({}, margin=0.0))))
+    assert found == {(g, w, x) for g, w, x in everyone if all(o[g, w] - o[g, x] >= agree for o in (first, second))}
+
+
 def test_an_expert_without_weight_is_not_even_missed():
     assert mix({"a": np.array([[1.0, 2.0]])}, {"a": 2.0, "watched": 0.0}).tolist() == [[1.0, 2.0]]
 

@@ -10,7 +10,7 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.generators.text2img import Text2Image
 from fashiondpo_pipeline.sampling import Condition, predict, sample, tracked_error
 from fashiondpo_pipeline.tiles import tiled
-from fashiondpo_pipeline.timesteps import saved_steps
+from fashiondpo_pipeline.timesteps import in_window, saved_steps
 
 PROMPTS = ["a red dress", "a navy boot", "a bag", "a green shirt", "a white coat"]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
@@ -229,3 +229,22 @@ def test_steps_that_are_not_there_cannot_be_saved(save, message):
     with pytest.raises(UserError) as problem:
         saved_steps(save, 10)
     assert str(problem.value) == message
+
+
+@pytest.mark.parametrize(
+    ("kept", "steps", "window", "places"),
+    [
+        (list(range(10)), 10, [0.0, 1.0], list(range(10))),
+        (list(range(10)), 10, [0.3, 0.9], [3, 4, 5, 6, 7, 8]),
+        ([1, 4, 9], 10, [0.4, 0.5], [1]),
+        ([0], 1, [0.0, 0.5], [0]),
+    ],
+)
+def test_a_window_is_a_part_of_the_walk(kept, steps, window, places):
+    assert in_window(kept, steps, window) == places
+
+
+def test_a_window_without_a_saved_step_is_refused():
+    with pytest.raises(UserError) as problem:
+        in_window([0, 9], 10, [0.3, 0.9])
+    assert str(problem.value) == "finetune.window [0.3, 0.9] holds none of the saved steps [0, 9] of 10: widen it, or save others"

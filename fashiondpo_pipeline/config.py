@@ -131,13 +131,15 @@ class Pair(Section):
     select: Literal["all", "best_worst", "mirror", "median_split"] = Field(
         "all",
         description="all pairs beyond the margin; best against worst; mirror: best-worst, second-second worst and so on "
-        "(FashionDistill); median_split: above against below the median of everything (FashionDPO)",
+        "(FashionDistill); median_split: above against below the median of everything (FashionDPO); `margin` and `agree` apply to each",
     )
     margin: float = Field(
         0.5, ge=0, description="least gap of the mixed score, in its unit (standard deviations for zscore); 0 rejects only ties"
     )
     agree: float | None = Field(
-        0.3, ge=0, description="least gap that every rewarded expert by itself must see; 0: none may disagree; null: only the mix counts"
+        0.3, ge=0,
+        description="least gap that every rewarded expert by itself must see, in the unit of margin; 0: none may disagree; "
+        "null: only the mix counts",
     )
     per_group: int | None = Field(None, ge=1, description="at most so many pairs a prompt, widest first; mirror: 10 if null")
     per_candidate: int | None = Field(None, ge=1, description="at most so many pairs with the same candidate, widest first")
@@ -163,7 +165,7 @@ class Finetune(Section):
         "previous", description="what the policy is held to: the model that drew the candidates (cached), or the untuned one"
     )
     noise: Literal["tracked", "fresh"] = Field(
-        "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (candidate, draw)"
+        "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (group, draw)"
     )
     draws: int = Field(8, ge=1, description="fresh noise: draws a candidate, each with its own timestep; 8 or more")
     min_snr: float | None = Field(
@@ -187,7 +189,7 @@ class Finetune(Section):
     micro_batch: int = Field(
         64, ge=1, description="rows through the denoiser at once; gradients accumulate to the same result; at least one group"
     )
-    learning_rate: float = Field(6e-4, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, 1.0e-3 for tiny models")
+    learning_rate: float = Field(6e-4, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, some 1.0e-3 for tiny models")
     warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
     decay: Literal["none", "linear"] = Field(
         "linear", description="of the learning rate after warm-up: none, or linear to 0 at the end"
@@ -224,7 +226,7 @@ class Report(Section):
 
 
 class Machine(Section):
-    """Where it runs. Nothing here changes a number, so no fingerprint sees it."""
+    """Where it runs; in no fingerprint. Batch and shard change no number, another device or thread count rounds differently."""
 
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     batch: int = Field(64, ge=1, description="candidates in flight at once, and rows handed to an expert")

@@ -58,7 +58,7 @@ def run(session, step: Step, out: Output) -> None:
                             step.config["seed"], "finetune", step.round))
     checkpoint = out.work / "checkpoint.pt"
     rows = _resume(checkpoint, weights, optimiser, scaler, generator.device)
-    started = time.monotonic()
+    started, asked_before = time.monotonic(), store.rows_without_gradient
     for number, (epoch, units) in session.track(list(enumerate(plan))[len(rows):], f"round {step.round} finetune", len(plan), len(rows)):
         learning_rate = knobs.learning_rate * rate_at(number, len(plan), knobs.warmup, knobs.decay)
         for group in optimiser.param_groups:
@@ -77,6 +77,7 @@ def run(session, step: Step, out: Output) -> None:
         rows.append({"step": number, "epoch": epoch, **tally.means(), "grad_norm": float(norm),
                      "learning_rate": learning_rate, "pairs": tally.pairs, "rows": tally.rows})
         if (number + 1) % knobs.checkpoint_every == 0 and number + 1 < len(plan):
+            # no random state: order, columns and fresh noise are keyed by what they are for
             state = {"weights": {n: w.detach().cpu() for n, w in weights.items()}, "optimiser": optimiser.state_dict(),
                      "scaler": scaler.state_dict(), "rows": rows}
             torch.save(state, buffer := io.BytesIO())  # in memory first: on a full disk torch says something else
@@ -87,7 +88,8 @@ def run(session, step: Step, out: Output) -> None:
     out.publish("adapter", out.work / "adapter")
     out.finish({
         "objective": knobs.objective, "pairs": sum(len(g.winner) for g in store.groups), "steps": len(rows),
-        "policy_rows": sum(row["rows"] for row in rows), "reference_rows_in_training": 0, "reference_rows_before": store.reference_rows,
+        "policy_rows": sum(row["rows"] for row in rows),
+        "reference_rows_in_training": store.rows_without_gradient - asked_before, "reference_rows_before": store.reference_rows,
         "trainable": sum(w.numel() for w in weights.values()), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"],
         "last_accuracy": rows[-1]["accuracy"],
     })
@@ -115,6 +117,7 @@ class Store:
         self.sampled = step.inputs["sample"].config
         self.schedule = generator.schedule(self.sampled["steps"])
         self.reference_rows = 0
+        self.rows_without_gradient = 0  # asked of the denoiser: what a live reference would cost
         self.fresh = objective.signal == "error" and knobs.noise == "fresh"
         self._work, self._seed = out.work, step.config["seed"]
 
@@ -191,6 +194,8 @@ class Store:
 
     def signal(self, generator, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
         """What the denoiser as it is now says of (n,) places: log-probability of the step taken, or the error, scaled; (n,)."""
+        if not torch.is_grad_enabled():
+            self.rows_without_gradient += len(rows)
         condition = self._condition(rows)
         if self.fresh:
             return self._fresh_error(generator, rows, columns, condition)

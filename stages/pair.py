@@ -27,7 +27,7 @@ def run(session, step: Step, out: Output, chooser: Chooser | None = None) -> Non
     if not total:
         example = out.table("rejects")["reason"][0].as_py()
         raise UserError(f"round {step.round}: no group gave a pair ({example}, and so on): "
-                        "lower pair.margin, or look at the scores")
+                        "lower pair.margin or pair.agree, or look at the scores")
     out.finish({"pairs": total, "groups": len(chooser.grid.groups), "rejected": rejected,
                 "mean_margin": float(np.concatenate(margins).mean())})
 

@@ -35,10 +35,11 @@ class Plan:
 
 def estimate(session: Session, chain: Chain) -> Plan:
     """Rows are exact; bytes are exact for latents and assume a typical PNG; pairs are counted at most."""
-    return Plan([_line(session, step) for step in chain.steps])
+    return Plan([line_of(session, step) for step in chain.steps])
 
 
-def _line(session: Session, step: Step) -> Line:
+def line_of(session: Session, step: Step) -> Line:
+    """What one step will cost."""
     rows, size, forwards = 0, 0, 0
     if step.stage == "sample":
         rows, size, forwards = _sampled(session, step)

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 from fashiondpo_pipeline.config import Pair
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.terminal import size
 from fashiondpo_pipeline.workspace import Step, read_json
 from stages import Chain, Round, Session
 from stages.naming import command_for
+from stages.plan import line_of
 from stages.rounds import in_words
 
 
@@ -26,6 +28,9 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
                 if wanted.folder not in own and not session.run.done(wanted):
                     raise UserError(f"round {number} {stage} reads {role} of round {wanted.round} ({wanted.name}), which is not there "
                                     f"with these settings: run `fdpo {command_for(wanted)} --round {wanted.round}` first, or `fdpo round`")
+        if stage == "sample" and not session.run.done(steps[0]):
+            cost = line_of(session, steps[0])
+            session.say(f"round {number} sample: {cost.rows:,} candidates, about {size(cost.bytes)} to write, {cost.forwards:,} denoiser rows")
         ran = session.execute(steps)
     if not ran:
         session.say(f"round {number} {stage}: done already, nothing to do")

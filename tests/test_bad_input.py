@@ -254,13 +254,13 @@ def test_a_group_with_equal_scores_gives_no_pair_and_the_reason(place):
 
 def test_no_group_with_a_preference_is_an_error(place):
     assert refused(*moody({"a-": 0.5})) == (
-        "round 1: no group gave a pair (all scores are equal, and so on): lower pair.margin, or look at the scores")
+        "round 1: no group gave a pair (all scores are equal, and so on): lower pair.margin or pair.agree, or look at the scores")
 
 
 def test_a_margin_that_nothing_passes_is_an_error(place):
     told = refused(*cheap("pair.margin=9"))
     assert re.fullmatch(r"round 1: no group gave a pair \(widest gap \d\.\d+ is within the margin 9, and so on\): lower "
-                        r"pair\.margin, or look at the scores", told)
+                        r"pair\.margin or pair\.agree, or look at the scores", told)
 
 
 def spoil(step, made, place: tuple[int, int]) -> dict:

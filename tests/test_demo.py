@@ -356,7 +356,7 @@ def test_shipped_prompts_are_those_of_the_code():
 
 def test_shipped_generator_draws_what_is_asked():
     folder = MINI / "generator"
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.steps_offset == 1 and pipe.scheduler.config.clip_sample is False
     pictures = drawings.draw(pipe, drawings.WAYS["guidance 1, 10 steps, eta 1"], seed=1, probe=0)

@@ -242,7 +242,7 @@ OBJECTIVES = {
     "diffusion_dpo, fresh": ("finetune.objective=diffusion_dpo", "finetune.noise=fresh"),
     "step_dpo, guided": ("sample.guidance=3.0",),
     "step_dpo, by density": ("finetune.step_weight=density",),
-    "step_dpo, a few steps": ("sample.save=2",),
+    "step_dpo, a few steps": ("sample.save=2", "finetune.window=[0, 1]"),
 }
 
 

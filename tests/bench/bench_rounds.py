@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", default=[])
     options = parser.parse_args()
     runs = [(seed, "scored") for seed in options.seeds] + [(options.seeds[0], labels) for labels in ("swapped", "random")]
-    print(f"{'seed':>4} {'labels':8} {'round':>5} {'win rate over the base':>24} {'diversity':>9} {'pairs':>6} {'minutes':>7}")
+    print(f"{'seed':>4} {'labels':8} {'round':>5} {'win rate over the base':>24} {'over the round before':>24} "
+          f"{'diversity':>9} {'pairs':>6} {'minutes':>7}")
     with tempfile.TemporaryDirectory() as folder:  # one for all: what two runs share is made once
         for seed, labels in runs:
             started = time.monotonic()
@@ -40,7 +41,8 @@ def main() -> None:
             minutes = (time.monotonic() - started) / 60
             for number, numbers in enumerate(found, 1):
                 kept = numbers["diversity"]["after"] / numbers["diversity"]["base"]
-                print(f"{seed:4} {labels:8} {number:5} {percent(numbers['against_base']):>24} {kept:9.3f} {numbers['pairs']:6,} "
+                print(f"{seed:4} {labels:8} {number:5} {percent(numbers['against_base']):>24} "
+                      f"{percent(numbers['against_previous']):>24} {kept:9.3f} {numbers['pairs']:6,} "
                       f"{minutes if number == ROUNDS else 0:7.1f}", flush=True)
 
 

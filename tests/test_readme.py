@@ -1,0 +1,67 @@
+"""What README tells a newcomer to type is there, and does what it says."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer.main
+import yaml
+from whole_runs import works
+
+from fashiondpo_pipeline import cli, config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = typer.main.get_command(cli.app)
+
+
+def options_of(words: list[str]) -> set[str]:
+    """The options of the command that the words begin with."""
+    command = COMMANDS
+    for word in words:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+    assert command is not COMMANDS, f"fdpo {' '.join(words)}: no such command"
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"(?:`|\$ |    )fdpo ([^`\n]+)", README))))
+def test_every_command_and_option_in_it_exists(line):
+    words = line.split("#")[0].split()
+    asked = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert asked <= options_of(words)
+
+
+def test_its_make_targets_exist():
+    for target in set(re.findall(r"^    make (\w+)", README, re.MULTILINE)):
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_its_files_exist():
+    for name in re.findall(r"`((?:tests|data|stages|fashiondpo_pipeline)/[\w/.]*)`", README) + re.findall(r"python (tests/\S+\.py)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_its_stable_diffusion_recipe_is_taken_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "pipeline.yaml").write_text(recipe)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red dress number {i}" for i in range(20)))
+    assert "denoiser rows" in works("plan", "--n", "1").err
+
+
+@pytest.mark.parametrize("section", re.findall(r"\| Fashion\w+ \| `({.*?})` \|", README))
+def test_its_papers_rules_are_settings(section):
+    assert config.Pair.model_validate(yaml.safe_load(section)).margin == 0
+
+
+def test_its_pandas_lines_open_the_pairs(finished, monkeypatch):
+    (code,) = re.findall(r"^    (import glob.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    shown = []
+    read = pd.read_parquet
+    monkeypatch.setattr(pd, "read_parquet", lambda path: shown.append(read(path)))
+    exec(code.replace("runs/demo", "runs/t").replace("\n    ", "\n"), {})
+    assert {"winner", "loser", "margin"} <= set(shown[0].columns)

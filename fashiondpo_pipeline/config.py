@@ -226,7 +226,7 @@ class Report(Section):
 
 
 class Machine(Section):
-    """Where it runs; in no fingerprint. Batch and shard change no number, another device or thread count rounds differently."""
+    """Where it runs; in no fingerprint: only device and threads can change a number, and only by rounding."""
 
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     batch: int = Field(64, ge=1, description="candidates in flight at once, and rows handed to an expert")

@@ -125,3 +125,8 @@ def test_a_bug_is_a_traceback_and_not_a_sentence(place, monkeypatch):
     monkeypatch.setattr("stages.plan.estimate", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         fdpo("plan")
+
+
+def test_sample_says_beforehand_what_it_will_write(finished):
+    assert "round 1 sample: 24 candidates, about " in works("sample", "--round", "1", "--name", "new").err
+    assert "candidates, about" not in works("sample", "--round", "1", "--name", "new").err

@@ -59,6 +59,116 @@ def tiny_stable_diffusion(folder: Path, prediction: str = "epsilon", seed: int =
     return folder
 
 
+def tiny_t5_tokenizer(folder: Path) -> Any:
+    """A T5 tokenizer of single letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -4.0) for letter in ("▁", *map(chr, range(33, 127))))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "model_max_length": 16, **special}))
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def tiny_sdxl(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
+    """A Stable Diffusion XL pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    first, second = tiny_tokenizer(folder / "tokenizer"), tiny_tokenizer(folder / "tokenizer_2")
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), use_linear_projection=True, cross_attention_dim=32,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+                                       timestep_spacing="leading", prediction_type=prediction)
+    StableDiffusionXLPipeline(
+        vae=_tiny_vae(4), text_encoder=CLIPTextModel(_tiny_clip_text(first)), tokenizer=first,
+        text_encoder_2=CLIPTextModelWithProjection(_tiny_clip_text(second)), tokenizer_2=second, unet=unet, scheduler=scheduler,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_sd3(folder: Path, seed: int = 0) -> Path:
+    """A Stable Diffusion 3.5 pipeline of some 90,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    first, second = tiny_tokenizer(folder / "tokenizer"), tiny_tokenizer(folder / "tokenizer_2")
+    third = tiny_t5_tokenizer(folder / "tokenizer_3")
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8, qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    StableDiffusion3Pipeline(
+        vae=_tiny_vae(4, shift_factor=0.1), text_encoder=CLIPTextModelWithProjection(_tiny_clip_text(first)), tokenizer=first,
+        text_encoder_2=CLIPTextModelWithProjection(_tiny_clip_text(second)), tokenizer_2=second, text_encoder_3=_tiny_t5(third),
+        tokenizer_3=third, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_flux(folder: Path, guidance_embeds: bool = True, seed: int = 0) -> Path:
+    """A FLUX pipeline of some 90,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents in 2x2 packs.
+
+    Like all of its kind it draws 128 latents wide unless told the size: ask for height=16, width=16.
+    """
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    first, second = tiny_tokenizer(folder / "tokenizer"), tiny_t5_tokenizer(folder / "tokenizer_2")
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=8,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
+    )
+    FluxPipeline(
+        vae=_tiny_vae(4, shift_factor=0.1), text_encoder=CLIPTextModel(_tiny_clip_text(first)), tokenizer=first,
+        text_encoder_2=_tiny_t5(second), tokenizer_2=second, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _tiny_vae(channels: int, **options: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=4, **options)
+
+
+def _tiny_clip_text(tokenizer: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _tiny_t5(tokenizer: Any) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                                   feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
+
+
 def tiny_clip(folder: Path, seed: int = 1) -> Path:
     """An open_clip model of random weights as a folder for `local-dir:`."""
     import torch

@@ -48,6 +48,24 @@ def tiny_sd_v(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory) -> Path:
+    """A Stable Diffusion XL folder with random weights."""
+    return testing.tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory) -> Path:
+    """A Stable Diffusion 3.5 folder with random weights."""
+    return testing.tiny_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> Path:
+    """A FLUX folder with random weights, guidance embedded."""
+    return testing.tiny_flux(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory) -> Path:
     """An open_clip folder with random weights, for `local-dir:`."""
     return testing.tiny_clip(tmp_path_factory.mktemp("models") / "clip")

@@ -77,7 +77,7 @@ def tiny_t5_tokenizer(folder: Path) -> Any:
 
 
 def tiny_sdxl(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
-    """A Stable Diffusion XL pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
+    """A Stable Diffusion XL pipeline of some 170,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -101,7 +101,7 @@ def tiny_sdxl(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
 
 
 def tiny_sd3(folder: Path, seed: int = 0) -> Path:
-    """A Stable Diffusion 3.5 pipeline of some 90,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
+    """A Stable Diffusion 3.5 pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
@@ -123,7 +123,7 @@ def tiny_sd3(folder: Path, seed: int = 0) -> Path:
 
 
 def tiny_flux(folder: Path, guidance_embeds: bool = True, seed: int = 0) -> Path:
-    """A FLUX pipeline of some 90,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents in 2x2 packs.
+    """A FLUX pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents in 2x2 packs.
 
     Like all of its kind it draws 128 latents wide unless told the size: ask for height=16, width=16.
     """

@@ -1,0 +1,380 @@
+"""What a run's figures mean, in plain words: how finetuning went, which rounds please their reward alone, which round to keep.
+
+Pure functions of tables and numbers: nothing here reads a disk or loads a model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from fashiondpo_pipeline.statistics import percent
+
+Level = Literal["note", "warning", "alarm"]
+LEVELS: tuple[Level, ...] = ("alarm", "warning", "note")  # gravest first
+
+LATE = 0.25  # the share of the optimiser steps, at the end, that says where finetuning arrived
+MOSTLY = 0.5  # share of steps, or of pairs, above which something is the rule
+TELLING = 0.1  # a change this small beside the other side's is no change
+FLAT_MARGIN, FLAT_LOSS = 0.02, 0.002  # mean logits and losses this near to 0 and ln 2 throughout: nothing was preferred
+WANTED_MARGIN, MOST_FACTOR = 0.5, 10.0  # the logit that an advised beta aims at, and how much more than now it may be
+WIDE_MARGIN = 5.0  # at a logit of 5 a pair has 0.7 % of its first gradient left
+FULL, EARLY = 0.99, 0.5  # share of pairs in their order, and how much of finetuning may pass before that is nothing odd
+PLATEAU = 0.02  # gain of accuracy over the second half below which it taught nothing
+SKIPPED = 0.05  # share of steps without a finite gradient; fp16 skips a few while it finds its scale
+DRIFT = 1.0  # standard deviations of the base's pictures that a meter may move
+Z = 1.96  # of a two-sided interval of 95 %
+NAMED = 6  # more timesteps than these are counted, not named
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing worth saying. level: note (good to know), warning (likely costs quality), alarm (do not trust this round)."""
+
+    level: Level
+    what: str
+    advice: str
+
+    @property
+    def sentence(self) -> str:
+        """What is seen and what to do, to follow a level or a round's name."""
+        return f"{self.what}: {self.advice}"
+
+
+def worst_first(findings: Sequence[Finding]) -> list[Finding]:
+    """Alarms, then warnings, then notes; each in the order in which they were found."""
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+
+
+# -- how finetuning went
+
+
+def of_training(steps: pa.Table, columns: pa.Table | None, knobs: Mapping, walk: int | None = None) -> list[Finding]:
+    """What the curves of one round's finetuning say, gravest first; empty where all is well.
+
+    steps: the table of optimiser steps. columns: of saved steps (or draws) over the last epoch, None in runs that lack it.
+    knobs: the section `finetune`. walk: how many steps a picture was drawn in, which `finetune.window` is a share of.
+    """
+    training = _Training(steps, columns, knobs, walk)
+    broken = _not_finite(training)
+    if broken:
+        return broken  # every other figure is made of these
+    checks = (_errors_rise, _chance, _flat, _saturated, _ratio_clipped, _gradient, _silent_columns, _plateau)
+    return worst_first([finding for check in checks for finding in check(training)])
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One round's finetuning as its tables have it."""
+
+    steps: pa.Table
+    columns: pa.Table | None
+    knobs: Mapping
+    walk: int | None
+
+    def curve(self, name: str) -> np.ndarray:
+        """A column of the step table, (steps,) float64; NaN throughout where the table lacks it."""
+        if name not in self.steps.column_names:
+            return np.full(len(self.steps), np.nan)
+        return self.steps[name].to_numpy().astype(np.float64)
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        return self.curve("pairs")
+
+    def part(self, start: float, end: float) -> slice:
+        """The steps between two shares of finetuning, at least one.
+
+        Of 10 steps the last quarter are the last 3.
+        """
+        first = min(math.floor(start * len(self.steps)), len(self.steps) - 1)
+        return slice(first, max(math.ceil(end * len(self.steps)), first + 1))
+
+    def mean(self, name: str, start: float = 1 - LATE, end: float = 1.0) -> float:
+        """Mean of a curve over a part of finetuning, by default its end; a step weighs as much as it has pairs."""
+        part = self.part(start, end)
+        return float(np.average(self.curve(name)[part], weights=self.pairs[part]))
+
+    def count(self, start: float = 1 - LATE, end: float = 1.0) -> float:
+        return float(self.pairs[self.part(start, end)].sum())
+
+    @cached_property
+    def learnt(self) -> bool:
+        """Whether the end's accuracy is above one half by more than chance."""
+        return interval(self.mean("accuracy"), self.count())[0] > 0.5
+
+    @cached_property
+    def full_early(self) -> bool:
+        """Whether every pair was in its order before half of finetuning was over."""
+        return self.mean("accuracy", EARLY - LATE, EARLY) >= FULL
+
+    @cached_property
+    def clipped(self) -> float:
+        """Share of the end's pairs that ratio_clip keeps from teaching."""
+        share = self.mean("clipped")
+        return share if math.isfinite(share) else 0.0
+
+    def rise(self, role: str) -> tuple[float, bool]:
+        """(how far a side moved away, at the end; whether most of those steps say so): its error, or its log-ratio's fall."""
+        name = f"{role}_error" if self.has_errors else role
+        values = self.curve(name)[self.part(1 - LATE, 1.0)] * (1 if self.has_errors else -1)
+        return self.mean(name) * (1 if self.has_errors else -1), bool((values > 0).mean() > MOSTLY)
+
+    @cached_property
+    def drawn(self) -> bool:
+        """Whether columns are draws of fresh noise: these are numbered from low timesteps up, steps of a walk from high ones down."""
+        assert self.columns is not None
+        return bool(np.corrcoef(self.columns["step"].to_numpy(), self.columns["timestep"].to_numpy())[0, 1] > 0)
+
+    @cached_property
+    def has_errors(self) -> bool:
+        return bool(np.isfinite(self.curve("winner_error")).all() and np.isfinite(self.curve("loser_error")).all())
+
+
+def interval(share: float, count: float, z: float = Z) -> tuple[float, float]:
+    """(low, high) of a share seen in so many trials.  Wilson 1927.
+
+    Pairs share pictures, so that they tell less than as many tosses: what lies within chance here certainly does.
+
+    >>> low, high = interval(0.5, 100); round(low, 3), round(high, 3)
+    (0.404, 0.596)
+    """
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return middle - reach, middle + reach
+
+
+def _not_finite(training: _Training) -> list[Finding]:
+    lost = np.flatnonzero(~np.isfinite(training.curve("loss")))
+    if not len(lost):
+        return []
+    what = f"the loss is not a number from optimiser step {lost[0]} on ({len(lost):,} of {len(training.steps):,} steps)"
+    return [Finding("alarm", what, "lower finetune.learning_rate or finetune.beta, or set finetune.precision: no")]
+
+
+def _errors_rise(training: _Training) -> list[Finding]:
+    (winner, often), (loser, loser_often) = training.rise("winner"), training.rise("loser")
+    if not often or winner <= TELLING * abs(loser):
+        return []
+    guard = training.knobs.get("guard")
+    first = "turn the guard on (finetune.guard: 0.9), " if guard is None else f"raise finetune.guard ({guard:g} now), "
+    guards = training.has_errors and training.knobs.get("objective") != "step_dpo"  # the guard weighs errors alone
+    advice = f"{first if guards else ''}raise finetune.beta or lower finetune.learning_rate"
+    if loser_often and loser > TELLING * winner:
+        what = (f"the errors of winners and losers both rise, by {winner:.2g} and {loser:.2g}" if training.has_errors else
+                f"winners and losers both become less likely than under the reference, by {winner:.2g} and {loser:.2g}")
+        return [Finding("warning", f"{what}; pairs are told apart by unlearning", advice)]
+    what = (f"the winner's own error rises by {winner:.2g}" if training.has_errors else
+            f"winners themselves become less likely than under the reference, by {winner:.2g}")
+    return [Finding("warning", what, advice)]
+
+
+def _chance(training: _Training) -> list[Finding]:
+    if training.learnt:
+        return []
+    what = f"accuracy is not above one half at the end ({100 * training.mean('accuracy'):.1f} % of the pairs in their order)"
+    return [Finding("warning", what, "raise finetune.learning_rate or finetune.epochs; if that changes nothing, "
+                                     "the pairs hold nothing to learn (raise pair.margin, or look at the experts)")]
+
+
+def _flat(training: _Training) -> list[Finding]:
+    """Mean logits may be small because pairs differ: then the losses are not near ln 2."""
+    margin, loss = np.abs(training.curve("margin")).max(), np.abs(training.curve("loss") - math.log(2)).max()
+    if margin >= FLAT_MARGIN or loss >= FLAT_LOSS or training.clipped > MOSTLY:
+        return []
+    what, faster = f"mean margins stay within ±{margin:.2g}", f"a higher finetune.learning_rate ({training.knobs['learning_rate']:g} now)"
+    if training.knobs.get("auto_beta") is not None:
+        return [Finding("warning", what, f"finetune.auto_beta could not make up for so little change; try {faster}")]
+    arrived = abs(training.mean("margin"))
+    wanted = training.knobs["beta"] * (min(WANTED_MARGIN / arrived, MOST_FACTOR) if arrived else MOST_FACTOR)
+    return [Finding("warning", what, "beta is too small for so little change, or the learning rate too low; "
+                                     f"try finetune.beta: {_coarse(wanted)} or {faster}")]
+
+
+def _coarse(value: float) -> str:
+    """One digit is all that an extrapolated setting deserves.
+
+    >>> _coarse(34_000.0), _coarse(0.00046)
+    ('30000', '0.0005')
+    """
+    return f"{float(f'{value:.0e}'):.9g}"
+
+
+def _saturated(training: _Training) -> list[Finding]:
+    advice = "fewer finetune.epochs, a lower finetune.learning_rate, or more prompts"
+    margin = training.mean("margin")
+    if margin > WIDE_MARGIN:
+        return [Finding("warning", f"margins reach {margin:.1f} on average, where a pair teaches hardly anything: over-fitting", advice)]
+    if training.full_early:
+        share = 100 * training.mean("accuracy", EARLY - LATE, EARLY)
+        return [Finding("warning", f"{share:.1f} % of the pairs are in their order before half of finetuning is over: over-fitting", advice)]
+    return []
+
+
+def _ratio_clipped(training: _Training) -> list[Finding]:
+    if training.clipped <= MOSTLY:
+        return []
+    limit = training.knobs.get("ratio_clip")
+    name = "finetune.ratio_clip" + (f" ({limit:g})" if limit is not None else "")
+    return [Finding("warning", f"{name} holds back {100 * training.clipped:.0f} % of the pairs at the end",
+                    "raise it (null: never), or stop there with fewer finetune.epochs")]
+
+
+def _gradient(training: _Training) -> list[Finding]:
+    norm, limit = training.curve("grad_norm"), training.knobs["max_grad_norm"]
+    found = []
+    skipped = float((~np.isfinite(norm)).mean())
+    if skipped > SKIPPED:
+        found.append(Finding("warning", f"{100 * skipped:.0f} % of the optimiser steps had no finite gradient and changed nothing",
+                             "set finetune.precision: bf16, or lower finetune.beta"))
+    above = float((norm > limit).mean())
+    if above > MOSTLY:
+        found.append(Finding("note", f"gradients are scaled down in {100 * above:.0f} % of the optimiser steps "
+                                     f"(median norm {np.nanmedian(norm):.2g}, finetune.max_grad_norm {limit:g})",
+                             "every step then counts alike, which AdamW bears well; lower finetune.learning_rate if the loss jumps"))
+    return found
+
+
+def _silent_columns(training: _Training) -> list[Finding]:
+    """Saved steps (or draws) whose pairs are ordered by chance; where all are, accuracy as a whole has said so."""
+    if training.columns is None or not len(training.columns):
+        return []
+    table = training.columns
+    accuracy, pairs, timestep = (table[name].to_numpy().astype(np.float64) for name in ("accuracy", "pairs", "timestep"))
+    silent = np.array([interval(share, count)[0] <= 0.5 for share, count in zip(accuracy, pairs, strict=True)])
+    if silent.all() or not silent.any():
+        return []
+    noun = "draws" if training.drawn else "saved steps"
+    names = [f"{t:.0f}" for t in sorted(timestep[silent], reverse=True)]
+    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    what = (f"{silent.sum()} of {len(silent)} {noun} show no more than chance over the last epoch (timestep {named}; accuracy "
+            f"{100 * np.average(accuracy[silent], weights=pairs[silent]):.1f} %)")
+    return [Finding("note", what, _window(training, silent))]
+
+
+def _window(training: _Training, silent: np.ndarray) -> str:
+    """The window that leaves out what is silent at either end."""
+    if training.walk is None and not training.drawn:
+        return "narrow finetune.window to the others"
+    start, end = _places(training)
+    kept = ~silent
+    low, high = start[kept].min(), end[kept].max()
+    outside = (start[silent] < low) | (end[silent] > high)
+    if not outside.any():
+        return "they lie between others that learn, so that finetune.window cannot leave them out; more epochs may reach them"
+    which = "them" if outside.all() else f"the {outside.sum()} at its ends"
+    return f"finetune.window: [{_outward(low, math.floor)}, {_outward(high, math.ceil)}] leaves {which} out"
+
+
+def _places(training: _Training) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end) of each column as shares of the walk: a saved step is a point of it, a draw a stratum of the window."""
+    assert training.columns is not None
+    if not training.drawn:
+        share = training.columns["step"].to_numpy() / max((training.walk or 0) - 1, 1)
+        return share, share
+    low, high = training.knobs["window"]
+    place = np.argsort(np.argsort(-training.columns["timestep"].to_numpy()))  # the walk goes from high timesteps to low
+    edges = low + (high - low) * np.arange(len(place) + 1) / len(place)
+    return edges[place], edges[place + 1]
+
+
+def _outward(share: float, rounding: Callable[[float], int]) -> str:
+    """A share with three decimals that leaves nothing out."""
+    return f"{rounding(round(1000 * share, 6)) / 1000:g}"
+
+
+def _plateau(training: _Training) -> list[Finding]:
+    """Accuracy of the third and of the last quarter against the second's; noise counts as a possible gain."""
+    epochs = training.knobs["epochs"]
+    if epochs < 2 or len(training.steps) < 8 or not training.learnt or training.full_early:
+        return []
+    then, count = training.mean("accuracy", 0.25, 0.5), training.count(0.25, 0.5)
+    for start in (0.5, 0.75):
+        now, more = training.mean("accuracy", start, start + 0.25), training.count(start, start + 0.25)
+        if now - then + Z * math.sqrt(then * (1 - then) / count + now * (1 - now) / more) >= PLATEAU:
+            return []
+    return [Finding("note", f"accuracy stays at {100 * then:.0f} % over the second half of finetuning",
+                    f"finetune.epochs: {math.ceil(epochs / 2)} would have done, or raise finetune.learning_rate to learn more")]
+
+
+# -- which rounds please their reward alone
+
+
+def of_rounds(rounds: Mapping[int, dict], drift: float | None = DRIFT) -> list[Finding]:
+    """The alarms of every round, by number; rounds: number -> what `evaluate` found. drift: see `of_round`."""
+    return [finding for number in sorted(rounds) for finding in of_round(number, rounds[number], drift)]
+
+
+def of_round(number: int, numbers: dict, drift: float | None = DRIFT) -> list[Finding]:
+    """Signs that a round pleases its reward and not the eye, against the base.
+
+    A watched expert falls (its interval wholly below one half) while a rewarded one rises (wholly above), or the mean of a meter
+    or of diversity moved by more than `drift` standard deviations of the base's; None: the latter is never an alarm.
+    """
+    return [*_watched_fall(number, numbers), *_drifted(number, numbers, drift)]
+
+
+def _watched_fall(number: int, numbers: dict) -> list[Finding]:
+    rates = {name: found["against_base"] for name, found in numbers["experts"].items()}
+    rewarded = {name for name, found in numbers["experts"].items() if found["rewarded"]}
+    rose = [f"{name} {percent(rate)}" for name, rate in rates.items() if name in rewarded and rate["low"] > 0.5]
+    fell = [f"{name} {percent(rate)}" for name, rate in rates.items() if name not in rewarded | {"mix"} and rate["high"] < 0.5]
+    if not rose or not fell:
+        return []
+    what = f"round {number}: what is rewarded rose over the base ({', '.join(rose)}) while what only watches fell ({', '.join(fell)})"
+    return [Finding("alarm", what, "the reward is being gamed; keep a round without an alarm, or give what fell a weight in pair.weights")]
+
+
+def _drifted(number: int, numbers: dict, limit: float | None) -> list[Finding]:
+    if limit is None:
+        return []
+    far = [f"{name} by {shift:+.1f}" for name, shift in shifts(numbers).items() if shift is not None and abs(shift) > limit]
+    if not far:
+        return []
+    what = f"round {number}: pictures drifted from the base's, in standard deviations: {', '.join(far)} (evaluate.drift is {limit:g})"
+    return [Finding("alarm", what, "if the prompts did not ask for that, keep an earlier round, or raise finetune.beta")]
+
+
+def shifts(numbers: dict) -> dict[str, float | None]:
+    """How far each meter and diversity moved from the base, in standard deviations of the base's; None where not known.
+
+    A meter's are over the base's pictures, diversity's over its prompts.
+    """
+    return {name: _shift(found) for name, found in {**numbers["meters"], "diversity": numbers["diversity"]}.items()}
+
+
+def _shift(found: Mapping) -> float | None:
+    base, after, spread = (found[name] for name in ("base", "after", "spread"))
+    return (after - base) / spread if base is not None and after is not None and spread else None
+
+
+# -- which round to keep
+
+
+def best_round(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> int:
+    """The round to keep: of those without an alarm that beat the base, the highest win rate over it; 0 (the base) if none does.
+
+    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base where the interval
+    of its win rate lies wholly above one half. Of equal rounds the earlier is kept: it moved less.
+    """
+    rates = {number: _rate(rounds[number], judge) for number in sorted(rounds)}
+    fit = [number for number, rate in rates.items() if rate["low"] > 0.5 and not of_round(number, rounds[number], drift)]
+    return max(fit, key=lambda number: rates[number]["win_rate"], default=0)
+
+
+def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> str:
+    """Which round `best_round` keeps, and why, as a sentence."""
+    best = best_round(rounds, judge, drift)
+    alarmed = [number for number in sorted(rounds) if of_round(number, rounds[number], drift)]
+    aside = f"; not counting round{'s' if len(alarmed) > 1 else ''} {', '.join(map(str, alarmed))}, which raised an alarm" if alarmed else ""
+    if best:
+        return f"Round {best} is the one to keep: {judge} prefers it to the base in {percent(_rate(rounds[best], judge))}{aside}."
+    return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above one half{aside}."
+
+
+def _rate(numbers: dict, judge: str) -> dict:
+    return numbers["experts"][judge]["against_base"]

@@ -1,0 +1,399 @@
+"""The diagnosis: each threshold at both sides, alarms, and the round that is kept."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fashiondpo_pipeline import diagnosis
+from fashiondpo_pipeline.diagnosis import Finding, best_in_words, best_round, interval, of_rounds, of_training, shifts, worst_first
+from fashiondpo_pipeline.timesteps import in_window
+
+LN_2 = math.log(2)
+KNOBS = {"objective": "diffusion_dpo", "beta": 2000.0, "learning_rate": 1e-4, "max_grad_norm": 1.0, "epochs": 4, "ratio_clip": None,
+         "noise": "tracked", "window": [0.0, 1.0], "guard": None}
+
+
+def table(steps: int = 40, **curves) -> pa.Table:
+    """A finetuning in which nothing is odd, of `steps` optimiser steps of 100 pairs; curves (numbers or sequences) replace its own."""
+    x = np.linspace(0, 1, steps)
+    usual = {
+        "step": np.arange(steps), "epoch": np.arange(steps) * 4 // steps, "loss": LN_2 - 0.3 * x, "margin": 1.2 * x,
+        "accuracy": 0.5 + 0.35 * x, "winner": 0.01 * x, "loser": -0.02 * x, "grad_norm": np.full(steps, 0.5),
+        "learning_rate": np.full(steps, 1e-4), "pairs": np.full(steps, 100), "rows": np.full(steps, 50), "beta": np.full(steps, 2000.0),
+        "clipped": np.zeros(steps), "winner_error": -0.01 * x, "loser_error": 0.02 * x,
+    }
+    return pa.table(usual | {name: np.broadcast_to(curve, steps) for name, curve in curves.items()})
+
+
+def told(steps: pa.Table, columns: pa.Table | None = None, walk: int | None = None, **knobs) -> list[tuple[str, str]]:
+    return [(finding.level, finding.sentence) for finding in of_training(steps, columns, KNOBS | knobs, walk)]
+
+
+def the_one(*args, **knobs) -> tuple[str, str]:
+    (only,) = told(*args, **knobs)
+    return only
+
+
+def late(value: float, before: float = 0.0, steps: int = 40) -> np.ndarray:
+    """A curve that is `value` in the last quarter of the steps, `before` until then."""
+    return np.where(np.arange(steps) >= steps - steps // 4, value, before)
+
+
+# -- finetuning
+
+
+def test_nothing_is_said_where_nothing_is_odd():
+    assert told(table()) == []
+
+
+def test_tables_of_older_runs_are_read_too():
+    old = table().drop_columns(["beta", "clipped", "winner_error", "loser_error"])
+    assert told(old) == []
+    assert told(old.set_column(old.column_names.index("winner"), "winner", pa.array(late(-0.03)))) != []
+
+
+def test_columns_of_nulls_are_as_no_columns():
+    silent = pa.nulls(40, pa.float32())
+    steps = table(winner=late(-0.03), loser=late(-0.1))
+    for name in ("winner_error", "loser_error", "clipped"):
+        steps = steps.set_column(steps.column_names.index(name), name, silent)
+    assert the_one(steps)[1].startswith("winners and losers both become less likely than under the reference, by 0.03 and 0.1")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_the_shortest_finetuning_is_read_too(steps):
+    assert [level for level, _ in told(table(steps))] == (["warning", "warning"] if steps == 1 else [])  # one step cannot have learnt
+
+
+def test_a_loss_that_is_not_a_number_is_an_alarm_and_the_only_finding():
+    loss = np.full(40, 0.6)
+    loss[30:33] = np.nan
+    level, sentence = the_one(table(loss=loss, accuracy=0.1, margin=99.0))
+    assert level == "alarm"
+    assert sentence.startswith("the loss is not a number from optimiser step 30 on (3 of 40 steps): lower finetune.learning_rate")
+    assert the_one(table(loss=np.inf))[0] == "alarm"
+
+
+def test_a_winner_whose_error_rises_calls_for_the_guard():
+    level, sentence = the_one(table(winner_error=late(0.031), loser_error=late(-0.01)))
+    assert level == "warning"
+    assert sentence.startswith("the winner's own error rises by 0.031: turn the guard on (finetune.guard: 0.9)")
+    guarded = the_one(table(winner_error=late(0.031), loser_error=late(-0.01)), guard=0.8)
+    assert "raise finetune.guard (0.8 now)" in guarded[1]
+
+
+def test_the_guard_is_not_advised_where_it_has_no_errors_to_weigh():
+    _, sentence = the_one(table(winner_error=late(0.031), loser_error=late(-0.01)), objective="step_dpo")
+    assert sentence == "the winner's own error rises by 0.031: raise finetune.beta or lower finetune.learning_rate"
+
+
+def test_both_errors_rising_is_said_as_such():
+    _, sentence = the_one(table(winner_error=late(0.01), loser_error=late(0.05)))
+    assert sentence.startswith("the errors of winners and losers both rise, by 0.01 and 0.05; pairs are told apart by unlearning: turn")
+
+
+def test_a_winner_that_rises_little_beside_the_loser_is_no_finding():
+    loser = 0.05
+    at = diagnosis.TELLING * loser
+    assert told(table(winner_error=late(0.99 * at), loser_error=late(loser))) == []
+    assert len(told(table(winner_error=late(1.01 * at), loser_error=late(loser)))) == 1
+
+
+def test_one_wild_step_is_not_a_winner_that_rises():
+    wild = np.zeros(40)
+    wild[-1] = 5.0
+    assert told(table(winner_error=wild, loser_error=0.0)) == []
+
+
+def test_only_the_end_counts_for_rising_errors():
+    assert told(table(winner_error=np.where(np.arange(40) < 30, 0.1, -0.1))) == []
+
+
+def test_accuracy_is_above_one_half_only_by_more_than_chance():
+    # the last quarter is 10 steps of 100 pairs: a standard deviation of a fair coin over 1000 tosses is 1.58 %, times 1.96 is 3.1 %
+    assert the_one(table(accuracy=late(0.530, 0.5)))[1].startswith("accuracy is not above one half at the end (53.0 % of the pairs")
+    assert told(table(accuracy=late(0.532, 0.5))) == []
+
+
+def test_margins_that_stay_near_zero_name_a_beta_to_try():
+    flat = table(margin=np.linspace(0, 0.003, 40), loss=LN_2)
+    level, sentence = the_one(flat)
+    assert level == "warning"
+    assert sentence.startswith("mean margins stay within ±0.003: beta is too small for so little change")
+    assert "try finetune.beta: 20000 or a higher finetune.learning_rate (0.0001 now)" in sentence  # ten times is the most
+
+
+def test_an_advised_beta_aims_at_the_wanted_margin():
+    flat = table(margin=0.0199, loss=LN_2)
+    assert "finetune.beta: 20000 " in the_one(flat)[1]  # 0.5 / 0.0199 is 25: more than ten times
+    assert diagnosis._coarse(2000 * diagnosis.WANTED_MARGIN / 0.2) == "5000"
+
+
+def test_a_beta_that_moves_by_itself_is_not_advised():
+    assert the_one(table(margin=0.0, loss=LN_2), auto_beta=0.3)[1].endswith("for so little change; try a higher finetune.learning_rate (0.0001 now)")
+
+
+@pytest.mark.parametrize(("margin", "loss"), [(1.01 * diagnosis.FLAT_MARGIN, 0.0), (0.0, 1.01 * diagnosis.FLAT_LOSS)])
+def test_margins_or_losses_that_move_are_not_flat(margin, loss):
+    assert told(table(margin=late(0.99 * diagnosis.FLAT_MARGIN), loss=LN_2 - late(0.99 * diagnosis.FLAT_LOSS))) != []
+    assert told(table(margin=late(margin), loss=LN_2 - late(loss))) == []
+
+
+def test_margins_that_the_clip_holds_flat_are_the_clips_affair():
+    assert the_one(table(margin=0.0, loss=LN_2, clipped=1.0), ratio_clip=0.01)[1].startswith("finetune.ratio_clip (0.01) holds back 100 %")
+
+
+def test_wide_margins_are_over_fitting():
+    assert told(table(margin=late(diagnosis.WIDE_MARGIN))) == []
+    assert the_one(table(margin=late(diagnosis.WIDE_MARGIN + 0.1)))[1].startswith("margins reach 5.1 on average")
+
+
+def test_every_pair_in_order_by_half_time_is_over_fitting_and_later_it_is_not():
+    def curve(from_step):
+        return np.where(np.arange(40) >= from_step, 0.995, 0.6)
+
+    assert the_one(table(accuracy=curve(10)))[1].startswith("99.5 % of the pairs are in their order before half of finetuning is over")
+    assert told(table(accuracy=curve(20))) == []
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 0), (0.51, 1)])
+def test_a_clip_that_holds_back_most_pairs_is_warned_of(share, count):
+    assert len(told(table(clipped=late(share)), ratio_clip=0.1)) == count
+
+
+def test_gradients_mostly_above_the_limit_are_a_note():
+    half = np.where(np.arange(40) % 2 == 0, 3.0, 0.5)
+    assert told(table(grad_norm=half)) == []
+    half[1] = 3.0
+    level, sentence = the_one(table(grad_norm=half))
+    assert level == "note"
+    assert sentence.startswith("gradients are scaled down in 52 % of the optimiser steps (median norm 3, finetune.max_grad_norm 1)")
+
+
+def test_skipped_steps_are_warned_of_when_they_are_more_than_a_scales_search():
+    norm = np.full(40, 0.5)
+    norm[:2] = np.inf  # 5 %
+    assert told(table(grad_norm=norm)) == []
+    norm[2] = np.nan
+    assert the_one(table(grad_norm=norm))[1].startswith("8 % of the optimiser steps had no finite gradient")
+
+
+def test_a_plateau_says_how_many_epochs_would_have_done():
+    level, sentence = the_one(table(pairs=2000, accuracy=np.where(np.arange(40) >= 10, 0.8, 0.6)))
+    assert (level, sentence[:68]) == ("note", "accuracy stays at 80 % over the second half of finetuning: finetune.")
+    assert "finetune.epochs: 2 would have done" in sentence
+
+
+def test_a_gain_that_noise_could_hide_is_no_plateau():
+    flat = np.where(np.arange(40) >= 10, 0.8, 0.6)
+    assert told(table(pairs=100, accuracy=flat)) == []  # 1000 pairs a quarter: 1.96 x sqrt(2 x 0.16 / 1000) = 3.5 points
+    # 20 000 pairs a quarter: 1.96 x sqrt(2 x 0.16 / 20 000) = 0.8 points, so that 1.2 of the 2 points are told from none
+    for gain, count in ((0.011, 1), (0.013, 0)):
+        assert len(told(table(pairs=2000, accuracy=np.where(np.arange(40) >= 30, 0.8 + gain, flat)))) == count
+    assert told(table(pairs=2000, accuracy=flat), epochs=1) == []
+
+
+def test_the_gravest_finding_comes_first():
+    found = [Finding("note", "a", ""), Finding("alarm", "b", ""), Finding("warning", "c", ""), Finding("alarm", "d", "")]
+    assert [finding.what for finding in worst_first(found)] == ["b", "d", "c", "a"]
+    both = told(table(grad_norm=9.0, margin=9.0))
+    assert [level for level, _ in both] == ["warning", "note"]
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=12), st.floats(0, 1))
+def test_no_curve_is_too_odd_to_be_read(curve, share):
+    steps = table(len(curve), margin=curve, loss=np.abs(curve), accuracy=share, winner_error=curve, loser_error=curve[::-1])
+    for finding in of_training(steps, None, KNOBS):
+        assert finding.level in diagnosis.LEVELS and finding.what and finding.advice
+        assert "nan" not in finding.sentence
+
+
+# -- steps of the walk
+
+
+def by_step(accuracy: list[float], steps: list[int], timesteps: list[float], pairs: int = 1000) -> pa.Table:
+    return pa.table({
+        "step": pa.array(steps, pa.int16()), "timestep": pa.array(timesteps, pa.float32()), "pairs": [pairs] * len(steps),
+        "accuracy": pa.array(accuracy, pa.float32()), "margin": [0.0] * len(steps), "winner": [0.0] * len(steps), "loser": [0.0] * len(steps),
+    })
+
+
+STEPS, TIMESTEPS = [0, 5, 10, 14, 19], [950.0, 700.0, 450.0, 250.0, 0.0]
+
+
+def test_silent_steps_at_the_ends_give_a_window_that_leaves_out_just_them():
+    level, sentence = the_one(table(), by_step([0.50, 0.52, 0.8, 0.7, 0.49], STEPS, TIMESTEPS), 20)
+    assert level == "note"
+    assert sentence.startswith("3 of 5 saved steps show no more than chance over the last epoch (timestep 950, 700, 0; accuracy 50.3 %): "
+                               "finetune.window: [0.526, 0.737] leaves them out")
+    assert in_window(STEPS, 20, [0.526, 0.737]) == [2, 3]
+
+
+@given(st.integers(2, 1000), st.data())
+def test_the_advised_window_holds_what_learns_and_no_silent_step_beyond_it(walk, data):
+    saved = sorted(data.draw(st.sets(st.integers(0, walk - 1), min_size=2, max_size=8)))
+    learns = data.draw(st.lists(st.booleans(), min_size=len(saved), max_size=len(saved)).filter(lambda found: any(found) and not found[0]))
+    columns = by_step([0.9 if found else 0.5 for found in learns], saved, [1000.0 - i for i in saved])
+    low, high = map(float, the_one(table(), columns, walk)[1].split("[")[1].split("]")[0].split(","))
+    first, last = learns.index(True), len(learns) - 1 - learns[::-1].index(True)
+    assert in_window(saved, walk, [low, high]) == list(range(first, last + 1))
+
+
+def test_a_silent_step_is_one_whose_interval_reaches_one_half():
+    # of 1000 tosses: 1.96 x 1.58 % = 3.1 % above one half
+    assert told(table(), by_step([0.532, 0.9], [0, 1], [900.0, 100.0]), 2) == []
+    assert len(told(table(), by_step([0.530, 0.9], [0, 1], [900.0, 100.0]), 2)) == 1
+    assert len(told(table(), by_step([0.3, 0.9], [0, 1], [900.0, 100.0]), 2)) == 1  # the wrong way round teaches nothing either
+
+
+def test_where_every_step_is_silent_the_accuracy_as_a_whole_says_so():
+    silent = by_step([0.5] * 5, STEPS, TIMESTEPS)
+    assert told(table(), silent, 20) == []
+    assert the_one(table(accuracy=0.5), silent, 20)[1].startswith("accuracy is not above one half")
+
+
+def test_a_silent_step_between_others_cannot_be_left_out():
+    assert the_one(table(), by_step([0.9, 0.5, 0.9, 0.9, 0.9], STEPS, TIMESTEPS), 20)[1].endswith("more epochs may reach them")
+    some = the_one(table(), by_step([0.5, 0.9, 0.5, 0.9, 0.9], STEPS, TIMESTEPS), 20)[1]
+    assert some.endswith("finetune.window: [0.263, 1] leaves the 1 at its ends out")
+
+
+def test_without_the_length_of_the_walk_the_window_has_no_numbers():
+    assert the_one(table(), by_step([0.5, 0.9, 0.9, 0.9, 0.9], STEPS, TIMESTEPS))[1].endswith("narrow finetune.window to the others")
+
+
+def test_draws_of_fresh_noise_are_strata_of_the_window():
+    # numbered from low timesteps up; of four draws over [0.2, 1] the silent first is the walk's last fifth
+    draws = by_step([0.5, 0.9, 0.9, 0.9], [0, 1, 2, 3], [100.0, 300.0, 500.0, 700.0])
+    sentence = the_one(table(), draws, 20, noise="fresh", window=[0.2, 1.0])[1]
+    assert sentence.startswith("1 of 4 draws show")
+    assert "finetune.window: [0.2, 0.8] leaves them out" in sentence
+
+
+def test_many_silent_steps_are_counted_not_named():
+    columns = by_step([0.5] * 10 + [0.9] * 2, list(range(12)), [990.0 - 10 * i for i in range(12)])
+    assert "(timestep 990, 980, 970, 960, 950, 940 and 4 more;" in the_one(table(), columns, 12)[1]
+
+
+def test_an_empty_table_of_steps_says_nothing():
+    assert told(table(), by_step([], [], []), 20) == []
+
+
+@given(st.floats(0, 1), st.integers(1, 10_000))
+def test_an_interval_holds_its_share_and_narrows(share, count):
+    low, high = interval(share, count)
+    assert -1e-9 <= low <= share + 1e-9 and share - 1e-9 <= high <= 1 + 1e-9
+    wide = interval(share, count / 2)
+    assert wide[0] <= low + 1e-9 and high <= wide[1] + 1e-9
+
+
+# -- rounds
+
+UP, DOWN, OPEN = (0.7, 0.6, 0.8), (0.3, 0.2, 0.4), (0.5, 0.4, 0.6)
+
+
+def rate(win_rate, low, high):
+    return {"win_rate": win_rate, "low": low, "high": high}
+
+
+def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5) -> dict:
+    """What `evaluate` says of a round: saturation 0.4 +- 0.1 and diversity 0.5 +- 0.2 in the base."""
+    rates = {"clip": (clip, True), "judge": (judge, False), "watcher": (watcher, False)}
+    return {
+        "experts": {name: {"rewarded": rewarded, "against_base": rate(*found)} for name, (found, rewarded) in rates.items()},
+        "meters": {"saturation": {"base": 0.4, "after": saturation, "spread": 0.1}},
+        "diversity": {"base": 0.5, "before": 0.5, "after": diversity, "spread": 0.2},
+    }
+
+
+def test_rounds_without_a_sign_of_gaming_raise_no_alarm():
+    assert of_rounds({1: numbers(), 2: numbers(judge=OPEN)}) == []
+
+
+def test_a_watched_expert_that_falls_while_a_rewarded_one_rises_is_an_alarm():
+    (alarm,) = of_rounds({1: numbers(), 2: numbers(watcher=DOWN)})
+    assert alarm.level == "alarm"
+    assert alarm.what == ("round 2: what is rewarded rose over the base (clip 70.0 % [60.0, 80.0]) while what only watches fell "
+                          "(watcher 30.0 % [20.0, 40.0])")
+
+
+@pytest.mark.parametrize(("clip", "watcher", "count"), [
+    ((0.6, 0.501, 0.7), (0.4, 0.3, 0.499), 1), ((0.6, 0.5, 0.7), (0.4, 0.3, 0.499), 0), ((0.6, 0.501, 0.7), (0.4, 0.3, 0.5), 0), (DOWN, DOWN, 0),
+])
+def test_rises_and_falls_are_intervals_wholly_beyond_one_half(clip, watcher, count):
+    assert len(of_rounds({1: numbers(clip=clip, watcher=watcher)})) == count
+
+
+def test_the_mix_of_the_rewarded_is_no_watcher():
+    found = numbers()
+    found["experts"]["mix"] = {"rewarded": False, "against_base": rate(*DOWN)}
+    assert of_rounds({1: found}) == []
+
+
+@pytest.mark.parametrize(("saturation", "count"), [(0.499, 0), (0.501, 1), (0.301, 0), (0.299, 1)])
+def test_a_meter_may_drift_by_one_standard_deviation_either_way(saturation, count):
+    assert len(of_rounds({1: numbers(saturation=saturation)})) == count
+
+
+def test_drift_of_meters_and_diversity_is_one_alarm_with_figures():
+    (alarm,) = of_rounds({3: numbers(saturation=0.63, diversity=0.2)})
+    assert alarm.what == ("round 3: pictures drifted from the base's, in standard deviations: saturation by +2.3, diversity by -1.5 "
+                          "(evaluate.drift is 1)")
+
+
+def test_the_limit_of_drift_is_a_knob_and_null_is_never():
+    far = {1: numbers(saturation=0.63)}
+    assert of_rounds(far, drift=2.5) == [] == of_rounds(far, drift=None)
+    assert len(of_rounds({1: numbers(watcher=DOWN)}, drift=None)) == 1
+
+
+def test_what_was_not_measured_or_does_not_vary_has_no_shift():
+    found = numbers()
+    found["meters"] |= {"contrast": {"base": None, "after": None, "spread": None}, "sharpness": {"base": 0.1, "after": 0.2, "spread": 0.0}}
+    found["diversity"] = {"base": 0.5, "before": None, "after": None, "spread": 0.2}
+    assert shifts(found) == {"saturation": 0.0, "contrast": None, "sharpness": None, "diversity": None}
+    assert of_rounds({1: found}) == []
+
+
+# -- the round to keep
+
+
+def test_the_round_with_the_highest_win_rate_is_kept():
+    assert best_round({1: numbers(), 2: numbers(judge=(0.9, 0.8, 0.95)), 3: numbers(judge=(0.8, 0.7, 0.9))}, "judge") == 2
+
+
+def test_of_equal_rounds_the_earlier_is_kept_in_whatever_order_they_come():
+    assert best_round({3: numbers(), 2: numbers(), 1: numbers(judge=OPEN)}, "judge") == 2
+
+
+def test_a_round_with_an_alarm_is_not_kept_however_high():
+    rounds = {1: numbers(), 2: numbers(judge=(0.9, 0.8, 0.95), saturation=0.9)}
+    assert best_round(rounds, "judge") == 1
+    assert best_round(rounds, "judge", drift=None) == 2
+    assert best_in_words(rounds, "judge") == ("Round 1 is the one to keep: judge prefers it to the base in 70.0 % [60.0, 80.0]; "
+                                              "not counting round 2, which raised an alarm.")
+
+
+@pytest.mark.parametrize(("low", "best"), [(0.5, 0), (0.501, 1)])
+def test_the_base_is_kept_unless_an_interval_lies_wholly_above_one_half(low, best):
+    assert best_round({1: numbers(judge=(0.6, low, 0.7))}, "judge") == best
+
+
+def test_the_base_is_kept_in_words_where_no_round_beats_it():
+    sentence = "The base is the one to keep: no round beats it by judge, with an interval wholly above one half"
+    assert best_in_words({1: numbers(judge=OPEN)}, "judge") == sentence + "."
+    found = {1: numbers(judge=DOWN), 2: numbers(judge=DOWN, saturation=0.9)}
+    assert best_in_words(found, "judge") == sentence + "; not counting rounds 1, 2, which raised an alarm."
+
+
+def test_no_round_at_all_keeps_the_base():
+    assert best_round({}, "judge") == 0
+
+
+def test_another_judge_keeps_another_round():
+    rounds = {1: numbers(judge=(0.9, 0.8, 0.95)), 2: numbers(watcher=(0.9, 0.8, 0.95))}
+    assert (best_round(rounds, "judge"), best_round(rounds, "watcher")) == (1, 2)

@@ -66,14 +66,18 @@ class Spread:
 def normalise(scores: np.ndarray, how: str, spread: Spread | None = None) -> np.ndarray:
     """Scores (g, k) on a common scale, within each row, or over all if `spread` is given; NaN stays NaN.
 
-    zscore: standard deviations from the mean. minmax: 0..1. rank: 0..1, ties share their mean rank.
-    A row (or everything) without spread becomes 0 for zscore and 0.5 for the others: no opinion, hence no pair.
+    zscore: standard deviations from the mean. minmax: 0..1. rank: 0..1, ties share their mean rank. winrate: 0..1, the chance to beat
+    another of the row, scores being logits (CaPO, 2502.02588); `spread` then only makes logits of scores that are none, such as
+    cosines, by counting them in its standard deviations. A row (or everything) without spread becomes 0 for zscore and 0.5 for the
+    others: no opinion, hence no pair.
 
     >>> normalise(np.array([[1.0, 2.0, 3.0], [5.0, 5.0, np.nan]]), "minmax").tolist()
     [[0.0, 0.5, 1.0], [0.5, 0.5, nan]]
     """
     if how == "rank":
         return _ranks(scores) if spread is None else _ranks_over_all(scores, spread)
+    if how == "winrate":
+        return _win_rates(scores if spread is None else normalise(scores, "zscore", spread))
     known = np.isfinite(scores)
     if spread is not None:
         mean, deviation, low, high = spread.mean, spread.deviation, spread.low, spread.high
@@ -105,6 +109,22 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
     return np.where(known, ranks, np.nan)
 
 
+def _win_rates(logits: np.ndarray) -> np.ndarray:
+    """Mean chance to beat each other one of its row by Bradley-Terry, 0..1; 0.5 for one that is alone.
+
+    >>> _win_rates(np.log([[3.0, 1.0, np.nan], [1.0, np.nan, np.nan]])).tolist()      # odds of 3 to 1
+    [[0.75, 0.25, nan], [0.5, nan, nan]]
+    """
+    known = np.isfinite(logits)
+    beaten = np.zeros(logits.shape)
+    for column in range(logits.shape[1]):
+        lead = logits - logits[:, column : column + 1]
+        beaten += np.where(np.isfinite(lead), 0.5 * (1 + np.tanh(np.where(np.isfinite(lead), lead, 0) / 2)), 0)  # sigma without overflow
+    others = known.sum(1, keepdims=True) - 1
+    rates = np.where(others < 1, 0.5, (beaten - 0.5) / np.maximum(others, 1))  # less the half point for meeting oneself
+    return np.where(known, rates, np.nan)
+
+
 def _ranks_over_all(scores: np.ndarray, spread: Spread) -> np.ndarray:
     """Mean rank among every score, 0..1."""
     assert spread.ordered is not None
@@ -124,10 +144,13 @@ def choose(mixed: np.ndarray, rule: Rule, threshold: float = 0.0, opinions: Sequ
     """The pairs that `rule` makes of mixed scores (g, k), widest first within a group.
 
     threshold: the median of every mixed score, for `median_split`. opinions: each rewarded expert's normalised scores (g, k),
-    for `agree`. Ties, pairs within the margin and pairs that the experts do not agree on are left out.
+    for `agree` and `pareto` (the mix itself where there are none). Ties, pairs within the margin and pairs that the experts do
+    not agree on are left out.
     """
-    select = {"all": _every, "best_worst": _mirror, "mirror": _mirror, "median_split": _split}[rule.select]
-    pairs = select(mixed, rule.margin, threshold)
+    if rule.select == "pareto":
+        pairs = _across_fronts(mixed, rule.margin, opinions or [mixed])
+    else:
+        pairs = {"all": _every, "best_worst": _mirror, "mirror": _mirror, "median_split": _split}[rule.select](mixed, rule.margin, threshold)
     if rule.agree is not None:
         pairs = pairs[_agreed(pairs, rule.agree, opinions)]
     order = np.lexsort((-pairs.margin, pairs.group))  # stable: equal margins stay in the order of their candidates
@@ -184,6 +207,29 @@ def _split(mixed: np.ndarray, margin: float, threshold: float) -> Pairs:
     return pairs[keep]
 
 
+def _across_fronts(mixed: np.ndarray, margin: float, opinions: Sequence[np.ndarray]) -> Pairs:
+    """The upper Pareto front against the lower one across experts, whoever is on both left out.  CaPO, Lee et al. 2025 (2502.02588)."""
+    pairs = _every(mixed, margin, 0.0)
+    upper, lower = _fronts(np.where(np.isfinite(mixed), opinions, np.nan))
+    winner, loser = upper & ~lower, lower & ~upper
+    return pairs[winner[pairs.group, pairs.winner] & loser[pairs.group, pairs.loser]]
+
+
+def _fronts(opinions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Who of a row is dominated by nobody and who dominates nobody, (g, k) each, by experts' scores (m, g, k); a NaN is on neither.
+
+    One dominates another if no expert scores it lower and some expert scores it higher.
+    """
+    known = np.isfinite(opinions).all(0)
+    dominated, dominates = np.zeros(known.shape, bool), np.zeros(known.shape, bool)
+    for column in range(known.shape[1]):
+        with np.errstate(invalid="ignore"):
+            lead = opinions - opinions[:, :, column : column + 1]  # (m, g, k), NaN compares as False
+        dominates |= (lead >= -TIE).all(0) & (lead > TIE).any(0)
+        dominated |= (lead <= TIE).all(0) & (lead < -TIE).any(0)
+    return known & ~dominated, known & ~dominates
+
+
 def _pairs(found: Sequence[tuple[np.ndarray, ...]]) -> Pairs:
     if not found:
         nobody = np.empty(0, int)
@@ -223,6 +269,8 @@ def reasons(scores: dict[str, np.ndarray], mixed: np.ndarray, pairs: Pairs, rule
             found[row] = "all scores are equal"
         elif rule.select == "median_split" and np.ptp(mixed[row][known]) >= rule.margin:
             found[row] = "all on one side of the median"
+        elif rule.select == "pareto" and rule.agree is None and np.ptp(mixed[row][known]) >= rule.margin:
+            found[row] = "no pair beyond the margin between the upper and the lower Pareto front"
         else:
             widest = np.ptp(mixed[row][known])
             within = f"widest gap {widest:.3g} is within the margin {rule.margin:g}"

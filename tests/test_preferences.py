@@ -1,6 +1,7 @@
 """Scores to pairs, against a slow implementation written out one group, one candidate and one pair at a time."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
 
@@ -33,6 +34,8 @@ def slow_normalise(row, how, everything=None):
 
 
 def slow_one(score, known, how):
+    if how == "winrate":
+        return sum(1 / (1 + math.exp(s - score)) for s in known) / (len(known) - 1) - 0.5 / (len(known) - 1) if len(known) > 1 else 0.5
     if len(set(known)) == 1:
         return 0.0 if how == "zscore" else 0.5
     if how == "rank":
@@ -60,6 +63,9 @@ def slow_choose(mixed, rule, threshold=None):
 
 
 def slow_candidates(row, known, rule):
+    if rule.select == "pareto":  # of one expert the fronts are its best and its worst
+        best, worst = (pick((row[c] for c in known), default=0.0) for pick in (max, min))
+        return [(a, b) for a in known for b in known if row[a] == best and row[b] == worst]
     if rule.select in ("all", "median_split"):
         return [(a, b) if row[a] > row[b] else (b, a) for a, b in combinations(known, 2)]
     best_first = sorted(known, key=lambda c: -row[c])
@@ -87,7 +93,7 @@ def listed(pairs):
 # -- normalising
 
 
-@given(grids(), st.sampled_from(["zscore", "minmax", "rank"]))
+@given(grids(), st.sampled_from(["zscore", "minmax", "rank", "winrate"]))
 def test_normalising_within_groups_is_the_slow_one(scores, how):
     assert normalise(scores, how) == pytest.approx(np.array([slow_normalise(row, how) for row in scores.tolist()]), nan_ok=True)
 
@@ -112,19 +118,43 @@ def test_z_scores_are_what_they_are_by_hand():
     assert found[0] == pytest.approx([math.sqrt(1.5), NAN, -math.sqrt(1.5), 0.0], nan_ok=True)
 
 
-@pytest.mark.parametrize("how", ["zscore", "minmax", "rank"])
+@pytest.mark.parametrize("how", ["zscore", "minmax", "rank", "winrate"])
 @pytest.mark.parametrize("row", [[0.1, 0.1, 0.1], [0.1, NAN, NAN], [0.1 + 0.2, 0.3, 0.3]], ids=["equal", "lone", "rounding"])
 def test_a_group_without_spread_has_no_opinion_and_no_pair(how, row):
     found = normalise(np.array([row]), how)
     neutral = 0.0 if how == "zscore" else 0.5
     if how != "rank":  # a rank sees the last bit, as it sees nothing else
-        assert set(found[~np.isnan(found)]) == {neutral}
+        assert found[~np.isnan(found)] == pytest.approx(neutral, abs=1e-15 if how == "winrate" else 0)
         assert len(choose(found, Rule({"a": 1.0}, margin=0.0))) == 0
+
+
+def test_win_rates_are_what_they_are_by_hand():
+    """CaPO: logits 0, -ln 3 and -ln 9 beat each other with odds of 3, 9 and 3 to 1: (3/4 + 9/10)/2, (1/4 + 3/4)/2, (1/10 + 1/4)/2."""
+    found = normalise(-np.log([[1.0, np.nan, 3.0, 9.0]]), "winrate")
+    assert found[0] == pytest.approx([0.825, NAN, 0.5, 0.175], nan_ok=True)
+
+
+@given(grids(), st.floats(-5, 5))
+def test_win_rates_are_shares_that_no_shift_matters_to(scores, shift):
+    found = normalise(scores, "winrate")
+    known = ~np.isnan(scores)
+    assert (np.isnan(found) == ~known).all() and ((found[known] >= 0) & (found[known] <= 1)).all()
+    assert np.nanmean(found[known.any(1)], axis=1) == pytest.approx(0.5)  # somebody loses what another wins
+    assert normalise(scores + shift, "winrate") == pytest.approx(found, nan_ok=True)
+    assert normalise(scores * 1e4, "winrate") == pytest.approx(normalise(scores, "rank"), abs=1e-9, nan_ok=True)  # chances become certain
+
+
+@given(grids(), st.sampled_from([0.5, 8.0]))
+def test_win_rates_over_all_count_scores_in_deviations_of_everything(scores, scale):
+    spread = Spread.of(scores, False)
+    wanted = normalise(normalise(scores, "zscore", spread), "winrate")
+    found = normalise(scores * scale, "winrate", Spread.of(scores * scale, False))
+    assert found == pytest.approx(wanted, nan_ok=True)
 
 
 def test_nothing_at_all_is_no_scale():
     nothing = np.full((2, 3), NAN)
-    for how in ("zscore", "minmax", "rank"):
+    for how in ("zscore", "minmax", "rank", "winrate"):
         assert np.isnan(normalise(nothing, how)).all()
         assert np.isnan(normalise(nothing, how, Spread.of(nothing, True))).all()
 
@@ -171,7 +201,7 @@ def test_an_expert_without_weight_is_not_even_missed():
 
 
 RULES = st.builds(
-    Rule, weights=st.just({"a": 1.0}), select=st.sampled_from(["all", "best_worst", "mirror", "median_split"]),
+    Rule, weights=st.just({"a": 1.0}), select=st.sampled_from(["all", "best_worst", "mirror", "median_split", "pareto"]),
     margin=st.sampled_from([0.0, 0.125, 0.5, 2.0]), per_group=st.sampled_from([None, 1, 2, 5]),
     per_candidate=st.sampled_from([None, 1, 2]),
 )
@@ -226,7 +256,45 @@ def test_median_split_sets_above_against_below_the_median_of_everything():
     assert set(listed(choose(mixed[:1], rule, 1.5))) == {(0, 2, 0), (0, 2, 1), (0, 3, 0), (0, 3, 1)}
 
 
-@pytest.mark.parametrize("select", ["all", "best_worst", "mirror"])
+def test_pareto_sets_who_is_dominated_by_nobody_against_who_dominates_nobody():
+    """Experts see 0 (3, 1), 1 (1, 3), 2 (2, 0), 3 (0, 2), 4 (0, 0), 5 (2, 2) and 6 nothing of one: 0, 1 and 5 are on the upper front.
+
+    0 dominates 2 and 4; 1 dominates 3 and 4; 5 dominates 2, 3 and 4; 2 and 3 dominate 4. So only 4 is on the lower front, mix 0.
+    """
+    first, second = np.array([[3.0, 1.0, 2.0, 0.0, 0.0, 2.0, 9.0]]), np.array([[1.0, 3.0, 0.0, 2.0, 0.0, 2.0, NAN]])
+    rule = Rule({}, select="pareto", margin=0.0)
+    mixed = (first + second) / 2
+    assert set(listed(choose(mixed, rule, 0.0, [first, second]))) == {(0, 0, 4), (0, 1, 4), (0, 5, 4)}
+    assert listed(choose(mixed, replace(rule, margin=2.5), 0.0, [first, second])) == []
+    assert set(listed(choose(mixed, replace(rule, agree=2.0), 0.0, [first, second]))) == {(0, 5, 4)}
+    assert len(choose(mixed, replace(rule, per_group=2), 0.0, [first, second])) == 2
+    assert len(choose(mixed, replace(rule, per_candidate=1), 0.0, [first, second])) == 1
+
+
+def test_pareto_leaves_out_who_is_on_both_fronts():
+    """Two who disagree on everything dominate nobody and nobody dominates them."""
+    first, second = np.array([[1.0, 0.0]]), np.array([[0.0, 0.5]])
+    mixed, rule = (first + second) / 2, Rule({}, select="pareto", margin=0.0)
+    pairs = choose(mixed, rule, 0.0, [first, second])
+    assert len(pairs) == 0
+    assert reasons({"a": first}, mixed, pairs, rule) == {0: "no pair beyond the margin between the upper and the lower Pareto front"}
+
+
+@given(grids(), grids(), st.sampled_from([0.0, 0.125, 1.0]))
+def test_pareto_is_the_slow_one(first, other, margin):
+    second = np.resize(other, first.shape)
+    mixed = first + second
+    found = set(listed(choose(mixed, Rule({}, select="pareto", margin=margin), 0.0, [first, second])))
+    wanted = set()
+    for g, rows in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        scores = {c: pair for c, pair in enumerate(zip(*rows, strict=True)) if not any(map(math.isnan, pair))}
+        beats = {(a, b) for a, x in scores.items() for b, y in scores.items() if x != y and x[0] >= y[0] and x[1] >= y[1]}
+        upper, lower = set(scores) - {b for _, b in beats}, set(scores) - {a for a, _ in beats}
+        wanted |= {(g, a, b) for a in upper - lower for b in lower - upper if sum(scores[a]) - sum(scores[b]) >= max(margin, 1e-9)}
+    assert found == wanted
+
+
+@pytest.mark.parametrize("select", ["all", "best_worst", "mirror", "pareto"])
 def test_a_tie_by_symmetry_is_a_tie_whatever_rounding_says(select):
     """Two experts of equal weight swap their opinions of two candidates: neither is better, though their mixes
     often differ in the last bit."""

@@ -1,11 +1,15 @@
-"""Resumability, once: folders named by what they claim to hold, shards whole or absent, the manifest written last."""
+"""Resumability, once: folders named by what they claim to hold, shards whole or absent, the manifest written last.
+
+A step of many shards also keeps its narrow tables in `whole/`, one file each, for who reads all of them: opening a thousand files
+takes longer than reading a million rows. It is made of the shards when the step ends, listed in the manifest, and never the only copy.
+"""
 
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -13,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
@@ -21,7 +26,14 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import canonical, fingerprint, hash_file
 
 # Tensor columns do not compress (fp16 noise): storing them plain is faster both ways.
-_PLAIN = {"x_t.list.element", "x_prev.list.element", "x_0", "picture.bytes", "embedding.list.element"}
+_PLAIN = {"x_t.list.element", "x_prev.list.element", "x_0", "prediction.list.element", "tokens", "pooled", "picture.bytes", "embedding.list.element"}
+
+
+WHOLE: dict[str, set[str]] = {"candidates": {"picture"}, "scores": set()}  # what `whole/` keeps -> the columns it leaves out
+MANY = 64  # shards from which on that is worth it
+AT_ONCE = 1_024  # shards in memory while it is made
+ROWS = 1 << 17  # in a row group: what is read to show a few rows
+SMALL = 1 << 22  # bytes: such a file is read at once, which takes less than mapping it
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Output:
 
     def __init__(self, folder: Path, claim: dict, inputs: dict[str, Path]):
         self.folder, self.claim, self.inputs = folder, claim, inputs
-        self.parts, self.work = folder / "parts", folder / "work"
+        self.parts, self.whole, self.work = folder / "parts", folder / "whole", folder / "work"
         self.started, self.earlier = time.monotonic(), 0.0
 
     def open(self) -> None:
@@ -115,9 +127,13 @@ class Output:
             files[path.name] = {"rows": table.num_rows, "bytes": path.stat().st_size, "sha256": hash_file(path)}
         write_json(self.parts / f"{shard:05d}.json", {"files": files, "seconds": round(seconds, 3)})
 
-    def drop(self, shard: int) -> None:
-        """Forget one shard, so that the next run makes it again; the step is no longer done."""
+    def drop(self, shard: int | None = None) -> None:
+        """Forget one shard (None: only what was gathered of them), so that the next run makes it again; the step is no longer done."""
         (self.folder / "manifest.json").unlink(missing_ok=True)
+        if self.whole.is_dir():
+            shutil.rmtree(self.whole)
+        if shard is None:
+            return
         (self.parts / f"{shard:05d}.json").unlink(missing_ok=True)
         for path in self.parts.glob(f"*-{shard:05d}.parquet"):
             path.unlink()
@@ -131,10 +147,12 @@ class Output:
 
     def finish(self, numbers: dict | None = None) -> None:
         """Write the manifest: from now on, and not before, this step is done."""
+        for name in WHOLE:
+            self._gather(name)
         others = {
             path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and not {"parts", "work"} & set(path.relative_to(self.folder).parts)
+            for top in sorted(self.folder.iterdir()) if top.name not in ("parts", "work")  # not rglob: parts may hold 20,000 files
+            for path in ([top] if top.is_file() else sorted(top.rglob("*"))) if path.is_file()
         }
         seconds = round(time.monotonic() - self.started + self.earlier, 3)
         shutil.rmtree(self.work)
@@ -151,20 +169,42 @@ class Output:
             },
         )
 
-    def verify(self) -> list[tuple[str, int | None]]:
-        """(what is wrong, shard) of each file that is missing, cut short or altered since it was written, in a begun step too."""
+    def _gather(self, name: str) -> None:
+        """Put a table's narrow columns into one file, if there are many shards of it."""
+        shards = self.shards(name)
+        if len(shards) < MANY:
+            return
+        schema = read_schema(self._part(name, shards[0]))
+        columns = [column for column in schema.names if column not in WHOLE[name]]
+        narrow = pa.schema([schema.field(column) for column in columns], schema.metadata)
+
+        def write(draft: Path) -> None:
+            with pq.ParquetWriter(draft, narrow, **_packing(narrow)) as writer:
+                for start in range(0, len(shards), AT_ONCE):
+                    some = [read_parquet(self._part(name, shard), columns) for shard in shards[start : start + AT_ONCE]]
+                    writer.write_table(pa.concat_tables(some), row_group_size=ROWS)
+
+        self.whole.mkdir(exist_ok=True)
+        _put(self.whole / f"{name}.parquet", write)
+
+    def verify(self) -> list[tuple[str, int | str | None]]:
+        """(what is wrong, where) of each file that is missing, cut short or altered since it was written, in a begun step too.
+
+        Where is the number of a shard, "whole" for what was gathered of the shards, None for what only the whole step can make.
+        """
         done = (self.folder / "manifest.json").is_file()
         wrong = []
         for name, info in (self.manifest["files"] if done else _listed(self._receipts())).items():
             part = self.parts / name
             shard = int(part.stem.rpartition("-")[2]) if "/" not in name and name.endswith(".parquet") else None
             path = part if shard is not None else self.folder / name
+            where = "whole" if name.startswith("whole/") else shard
             if not path.is_file():
-                wrong.append((f"{path}: missing", shard))
+                wrong.append((f"{path}: missing", where))
             elif path.stat().st_size != info["bytes"]:
-                wrong.append((f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}", shard))
+                wrong.append((f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}", where))
             elif hash_file(path) != info["sha256"]:
-                wrong.append((f"{path}: altered", shard))
+                wrong.append((f"{path}: altered", where))
         return wrong
 
     def _receipts(self) -> list[dict]:
@@ -178,14 +218,41 @@ class Output:
 
     def shards(self, table: str) -> list[int]:
         """Numbers of the shards on disk that hold `table`."""
-        return sorted(int(path.stem.rpartition("-")[2]) for path in self.parts.glob(f"{table}-*.parquet"))
+        start, end = f"{table}-", ".parquet"
+        names = os.listdir(self.parts) if self.parts.is_dir() else []
+        found = (name[len(start) : -len(end)] for name in names if name.startswith(start) and name.endswith(end))
+        return sorted(int(number) for number in found if number.isdigit())
 
     def table(self, name: str, columns: list[str] | None = None, shard: int | None = None) -> pa.Table:
         """A table of this step, or one shard of it; only the named columns are read."""
-        shards = self.shards(name) if shard is None else [shard]
+        files = self._files(name, columns) if shard is None else [self._part(name, shard)]
+        return pa.concat_tables([read_parquet(file, columns) for file in files])
+
+    def rows(self, name: str, columns: list[str], numbers: np.ndarray) -> pa.Table:
+        """Rows of a table by their numbers, in that order; files and row groups that hold none of them are not read."""
+        files = self._files(name, columns)
+        listed = self.manifest["files"] if len(files) > 1 else {}
+        counts = [listed[file.name]["rows"] if file.name in listed else _open(file).metadata.num_rows for file in files]
+        return _taken(counts, numbers, lambda at, some: _rows_of(files[at], columns, some))
+
+    def count(self, name: str) -> int:
+        """How many rows a table of a done step has."""
+        rows = (info["rows"] for file, info in self.manifest["files"].items() if file.startswith(f"{name}-") and "rows" in info)
+        return sum(rows)
+
+    def _part(self, name: str, shard: int) -> Path:
+        return self.parts / f"{name}-{shard:05d}.parquet"
+
+    def _files(self, name: str, columns: list[str] | None) -> list[Path]:
+        """The files that hold these columns of a whole table, in order."""
+        whole, lacks = self.whole / f"{name}.parquet", WHOLE.get(name, set())
+        asked = lacks if columns is None else lacks & set(columns)
+        if not asked and whole.is_file() and (self.folder / "manifest.json").is_file():
+            return [whole]
+        shards = self.shards(name)
         if not shards:
             raise UserError(f"{self.folder}: no table '{name}'; run `fdpo status` to see what there is")
-        return pa.concat_tables([read_parquet(self.parts / f"{name}-{i:05d}.parquet", columns) for i in shards])
+        return [self._part(name, shard) for shard in shards]
 
     def input(self, role: str) -> "Output":
         return Output(self.inputs[role], {}, {})
@@ -208,24 +275,62 @@ def read_json(path: Path) -> Any:
 
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Whole or not at all: temporary name, fsync, rename. Same table, same bytes."""
-    packed = {leaf: "none" if leaf in _PLAIN else "zstd" for leaf in _leaves(table.schema)}
-    _put(
-        path,
-        lambda draft: pq.write_table(
-            table,
-            draft,
-            compression=packed,
-            use_dictionary=[leaf for leaf in packed if leaf in ("group", "prompt", "reason")],
-            write_statistics=False,
-            row_group_size=1 << 20,
-        ),
-    )
+    _put(path, lambda draft: pq.write_table(table, draft, row_group_size=ROWS, **_packing(table.schema)))
+
+
+def _packing(schema: pa.Schema) -> dict[str, Any]:
+    """How each leaf column is packed."""
+    packed = {leaf: "none" if leaf in _PLAIN else "zstd" for leaf in _leaves(schema)}
+    few = [leaf for leaf in packed if leaf in ("group", "prompt", "reason")]
+    return {"compression": packed, "use_dictionary": few, "write_statistics": False}
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    with _naming(path):
+        return _open(path).read(columns=columns, use_threads=path.stat().st_size > SMALL)
+
+
+def read_schema(path: Path) -> pa.Schema:
+    with _naming(path):
+        return _open(path).schema_arrow
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    # not read_table, which builds a dataset round each file, nor a path, for which pyarrow looks up a file system each time:
+    # a run has thousands of small shards
+    with _naming(path):
+        small = path.stat().st_size <= SMALL
+        return pq.ParquetFile(pa.BufferReader(path.read_bytes()) if small else pa.memory_map(str(path)))
+
+
+def _rows_of(path: Path, columns: list[str], numbers: np.ndarray) -> pa.Table:
+    """Rows of one file by their numbers; row groups that hold none of them are not read."""
+    file = _open(path)
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+
+    def read(group: int, some: np.ndarray) -> pa.Table:
+        with _naming(path):
+            return file.read_row_group(group, columns).take(pa.array(some))
+
+    return _taken(counts, numbers, read)
+
+
+def _taken(counts: list[int], numbers: np.ndarray, read: Callable[[int, np.ndarray], pa.Table]) -> pa.Table:
+    """Rows by their numbers out of pieces of `counts` rows; read(piece, numbers within it) is asked only where there are some."""
+    ends = np.cumsum(counts)
+    order = np.argsort(numbers, kind="stable")
+    pieces = np.searchsorted(ends, numbers[order], side="right")
+    found = [read(int(piece), numbers[order[pieces == piece]] - (ends[piece] - counts[piece])) for piece in np.unique(pieces)]
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_tables(found or [read(0, numbers)]).take(pa.array(back))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What cannot be read is named with the way out."""
     try:
-        # not read_table, which builds a dataset round each file: a run has thousands of small shards
-        return pq.ParquetFile(path, memory_map=True).read(columns=columns)
+        yield
     except (OSError, pa.ArrowException) as problem:
         raise UserError(f"{path} cannot be read ({problem}); `fdpo status --verify --repair` names and re-makes it") from problem
 

@@ -1,5 +1,6 @@
 """`fdpo status`: what is done, what is stale and why, what is damaged, and how big it all is."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,13 +19,11 @@ def run(session: Session, verify: bool, repair: bool) -> None:
     rows, current = [], set()
     for step in chain.steps:
         current.add(step.folder)
-        state, detail = _state(session, step)
-        seconds = f"{session.output(step).manifest['seconds']:.1f}" if state == "done" else ""
-        rows.append([f"round {step.round}", step.name, state, detail, _size(root / step.folder), seconds])
+        rows.append([f"round {step.round}", step.name, *_row(session, step)])
     others = [path for path in root.glob("round-*/*-*") if f"{path.parent.name}/{path.name}" not in current]
     show(f"{root}", ["", "step", "state", "", "size", "seconds"], rows, right=False)
     if others:
-        total = sum(_bytes(path) for path in others)
+        total = sum(map(_bytes, others))
         session.say(f"{len(others)} results of other settings, {size(total)}; the same settings find them again")
     if repair:
         with session.run.lock():
@@ -33,18 +32,27 @@ def run(session: Session, verify: bool, repair: bool) -> None:
         _verify(session, repair)
 
 
-def _state(session: Session, step: Step) -> tuple[str, str]:
+def _row(session: Session, step: Step) -> tuple[str, str, str, str]:
+    """State, why or how far, size, seconds."""
     folder = session.run.root / step.folder
     if session.run.done(step):
-        return "done", ""
-    shards = len(list((folder / "parts").glob("*.json"))) if folder.is_dir() else 0
+        manifest = session.output(step).manifest
+        return "done", "", size(sum(file["bytes"] for file in manifest["files"].values())), f"{manifest['seconds']:.1f}"
     if folder.is_dir():
-        return "begun", f"{shards} shards are there" if step.stage not in ("finetune", "prepare") else "goes on from its last checkpoint"
+        return "begun", _progress(step, folder), size(_bytes(folder)), ""
     others = [path for path in folder.parent.glob(f"{step.name}-????????") if (path / "claim.json").is_file()]
     if others:
         newest = max(others, key=lambda path: path.stat().st_mtime)
-        return "stale", why(read_json(newest / "claim.json"), step.claim)
-    return "missing", ""
+        return "stale", why(read_json(newest / "claim.json"), step.claim), "", ""
+    return "missing", "", "", ""
+
+
+def _progress(step: Step, folder: Path) -> str:
+    if step.stage in ("finetune", "prepare"):
+        return "goes on from its last checkpoint"
+    parts = folder / "parts"
+    shards = sum(name.endswith(".json") for name in os.listdir(parts)) if parts.is_dir() else 0
+    return f"{shards} shards are there"
 
 
 def why(old: dict, new: dict) -> str:
@@ -70,14 +78,15 @@ def _verify(session: Session, repair: bool) -> None:
     damaged = 0
     for folder in sorted(session.run.root.glob("round-*/*-*")):
         out = Output(folder, {}, {})
-        for complaint, shard in out.verify():
+        for complaint, where in out.verify():
             damaged += 1
             session.say(complaint)
-            if repair and shard is not None:
-                out.drop(shard)
-            elif repair:
+            if not repair:
+                continue
+            if where is None:
                 shutil.rmtree(folder)
                 break
+            out.drop(where if isinstance(where, int) else None)
     files = "1 damaged file" if damaged == 1 else f"{damaged} damaged files"
     if not damaged:
         session.say("every file is as it was written")
@@ -87,9 +96,14 @@ def _verify(session: Session, repair: bool) -> None:
         raise UserError(f"{files}: `fdpo status --repair` drops what is damaged, `fdpo round` then makes it again")
 
 
-def _size(folder: Path) -> str:
-    return size(_bytes(folder)) if folder.is_dir() else ""
-
-
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """What a folder holds, folders within it too."""
+    with os.scandir(folder) as entries:
+        return sum(map(_bytes_of, entries))
+
+
+def _bytes_of(entry: os.DirEntry) -> int:
+    try:
+        return _bytes(Path(entry)) if entry.is_dir(follow_symlinks=False) else entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:  # a draft that a process at work has just renamed
+        return 0

@@ -3,12 +3,13 @@
 import errno
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors import SafetensorError
 
-from fashiondpo_pipeline import workspace
+from fashiondpo_pipeline import schemas, workspace
 from fashiondpo_pipeline.errors import UserError, disk_is_full
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_json, read_parquet, write_json, write_parquet
 
@@ -229,3 +230,101 @@ def test_json_is_the_same_for_the_same_meaning_and_keeps_every_letter(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1, "a": "größe"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "a": "größe",\n "b": 1\n}\n'
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"a": "größe", "b": 1}
+
+
+# -- many shards
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch) -> Output:
+    """A done step of seven shards of three candidates each, which is many here: seed n is row n, in shard n // 3."""
+    monkeypatch.setattr(workspace, "MANY", 7)
+    made = Run(tmp_path / "many").output(step())
+    made.open()
+    for shard in range(7):
+        rows = [{"group": f"g{shard:02d}", "candidate": i, "prompt": f"prompt {shard}", "seed": 3 * shard + i,
+                 "picture": {"bytes": b"png", "path": None}} for i in range(3)]
+        made.write(shard, candidates=pa.Table.from_pylist(rows, schemas.CANDIDATES), pairs=numbers(shard))
+    made.finish()
+    return made
+
+
+LIGHT = [name for name in schemas.CANDIDATES.names if name != "picture"]
+
+
+def test_the_narrow_columns_of_many_shards_are_gathered_and_equal_the_shards(many):
+    assert [path.name for path in many.whole.iterdir()] == ["candidates.parquet"]
+    gathered = many.table("candidates", LIGHT)
+    shards = pa.concat_tables([many.table("candidates", LIGHT, shard) for shard in range(7)])
+    assert gathered.equals(shards)
+    assert gathered.schema.equals(shards.schema, check_metadata=True)
+    assert many.count("candidates") == 21
+    assert many.count("pairs") == 7
+
+
+def test_who_reads_narrow_columns_of_many_shards_opens_one_file(many, monkeypatch):
+    opened = []
+    read = workspace.pq.ParquetFile
+    monkeypatch.setattr(workspace.pq, "ParquetFile", lambda source, **more: (opened.append(source), read(source, **more))[1])
+    many.table("candidates", ["group", "seed"])
+    assert len(opened) == 1
+    many.table("candidates", ["group", "picture"])
+    assert len(opened) == 1 + 7
+
+
+def test_few_shards_are_not_gathered(out, monkeypatch):
+    monkeypatch.setattr(workspace, "MANY", 3)
+    for shard in range(2):
+        out.write(shard, scores=numbers(shard))
+    out.finish()
+    assert not out.whole.exists()
+
+
+@pytest.mark.parametrize("columns", [["seed"], ["seed", "picture"]])
+@pytest.mark.parametrize("wanted", [[], [0], [20], [7, 3, 19, 3, 0], list(range(20, -1, -1))])
+def test_rows_are_found_by_their_numbers_in_any_order(many, columns, wanted):
+    found = many.rows("candidates", columns, np.array(wanted, int))
+    assert found["seed"].to_pylist() == wanted
+    assert found.column_names == columns
+
+
+def test_only_shards_that_hold_a_row_are_opened(many, monkeypatch):
+    opened = []
+    read = workspace._open
+    monkeypatch.setattr(workspace, "_open", lambda path: (opened.append(path.name), read(path))[1])
+    many.rows("candidates", ["picture"], np.array([20, 3, 5]))
+    assert sorted(opened) == ["candidates-00001.parquet", "candidates-00006.parquet"]
+
+
+def test_rows_are_found_across_row_groups(tmp_path, monkeypatch, out):
+    monkeypatch.setattr(workspace, "ROWS", 4)
+    out.write(0, pairs=numbers(*range(10)))
+    out.write(1, pairs=numbers(*range(10, 21)))
+    out.finish()
+    assert out.rows("pairs", ["value"], np.array([3, 4, 20, 10, 9])).to_pydict() == {"value": [3, 4, 20, 10, 9]}
+
+
+def test_what_was_gathered_is_not_trusted_without_a_manifest(many):
+    (many.folder / "manifest.json").unlink()
+    write_parquet(many.whole / "candidates.parquet", numbers(1))
+    assert len(many.table("candidates", ["group"])) == 21
+
+
+def test_damage_to_what_was_gathered_costs_no_shard(many, tmp_path):
+    path = many.whole / "candidates.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert many.verify() == [(f"{path}: {len(whole) - 1:,} bytes instead of {len(whole):,}", "whole")]
+    many.drop()
+    assert not Run(tmp_path / "many").done(step())
+    assert all(many.has(shard) for shard in range(7))
+    many.open()
+    many.finish()
+    assert path.read_bytes() == whole
+    assert many.verify() == []
+
+
+def test_a_dropped_shard_takes_what_was_gathered_with_it(many):
+    many.drop(3)
+    assert not many.whole.exists()
+    assert not many.has(3)

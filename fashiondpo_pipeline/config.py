@@ -62,16 +62,24 @@ class Generator(Section):
 
     use: str = Field("text2img", description="kind of generator: a built-in, a plug-in's name, or module:Class")
     model: str = Field(
-        "embedded:fashion_mini/generator", description="diffusers folder or hub id; embedded:NAME travels with the package"
+        "embedded:fashion_mini/generator",
+        description="diffusers folder, hub id, or single-file checkpoint (with config); embedded:NAME travels with the package",
+    )
+    config: str | None = Field(
+        None, description="a single-file checkpoint's configuration: a diffusers folder of the same model, whose weights are not read"
     )
     revision: str | None = Field(None, description="commit or tag of a hub id; pin it, a branch can move")
     variant: str | None = Field(None, description="weights' variant in the folder, such as fp16")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="type the denoiser's weights are loaded in; half is for GPUs"
     )
-    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = Field(
         "auto", description="what the denoiser predicts; auto reads the model's scheduler, a name must agree with it"
     )
+    lora: str | None = Field(
+        None, description="a LoRA to start from (.safetensors, diffusers' or kohya's format), fused into the weights: the base is then the styled model"
+    )
+    lora_scale: float = Field(1.0, description="its strength")
 
 
 class Prompts(Section):
@@ -92,10 +100,17 @@ class Sample(Section):
     candidates: int = Field(8, ge=1, le=1000, description="pictures a prompt (K); pairs need at least 2, usual 4 to 20")
     steps: int = Field(10, ge=1, le=1000, description="denoising steps; 10 to 50")
     guidance: float = Field(
-        1.0, ge=0, description="classifier-free guidance; 1 is none (half the cost), Stable Diffusion's usual is 5 to 7.5"
+        1.0, ge=0, description="classifier-free guidance; 1 is none (half the cost), Stable Diffusion's usual is 5 to 7.5; FLUX takes it as an input, 3.5"
+    )
+    guidance_interval: Window = Field(
+        [0.0, 1.0], description="the part of the walk in which guidance acts, from 0 (noise) to 1 (picture); outside it costs half"
+    )
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="share of the contrast that guidance adds which is taken back; 0 none, 0.7 where pictures are burnt"
     )
     eta: float = Field(
-        1.0, ge=0, le=1, description="DDIM noise: 0 draws the same path each time and has no log-probabilities, 1 is DDPM-like"
+        1.0, ge=0, le=1, description="noise in each step: 0 draws the same path each time and has no log-probabilities; diffusion: DDIM's, "
+        "1 is DDPM-like; flow: Flow-GRPO's noise level, 0.7"
     )
     negative: str = Field("", description="negative prompt; used only where guidance is not 1")
     height: int | None = Field(None, ge=8, description="pixels; null: the model's own")
@@ -103,6 +118,13 @@ class Sample(Section):
     save: SavedSteps = Field(
         "all",
         description="steps whose x_t is kept for finetuning: all, a count spread evenly, or a list of step numbers from 0",
+    )
+    path: bool = Field(
+        True, description="also keep where each saved step led (x_prev), which log-probabilities need; free where neighbours are saved, "
+        "false halves the bytes of steps spread out"
+    )
+    predictions: bool = Field(
+        False, description="also keep the denoiser's predictions at the saved steps, for objectives that compare with them (dspo, anchor, nft)"
     )
     tile: int = Field(
         32, ge=1, description="rows in each call of a network, always filled up; part of the claim, as kernels round by shape"
@@ -122,16 +144,17 @@ class Pair(Section):
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"clip_i": 0.6, "clip_t": 0.4}, description="rewarded experts and their weights; every other expert is only watched"
     )
-    normalise: Literal["zscore", "minmax", "rank"] = Field(
-        "zscore", description="brings experts to one scale before they are mixed"
+    normalise: Literal["zscore", "minmax", "rank", "winrate"] = Field(
+        "zscore", description="brings experts to one scale before they are mixed; winrate: expected share of the group beaten (CaPO)"
     )
     over: Literal["group", "all"] = Field(
         "group", description="normalise within each prompt's candidates; or over all of them, so that prompts with much to gain give most pairs"
     )
-    select: Literal["all", "best_worst", "mirror", "median_split"] = Field(
+    select: Literal["all", "best_worst", "mirror", "median_split", "pareto"] = Field(
         "all",
         description="all pairs beyond the margin; best against worst; mirror: best-worst, second-second worst and so on "
-        "(FashionDistill); median_split: above against below the median of everything (FashionDPO); `margin` and `agree` apply to each",
+        "(FashionDistill); median_split: above against below the median of everything (FashionDPO); "
+        "pareto: best front against worst front of all experts (CaPO); `margin` and `agree` apply to each",
     )
     margin: float = Field(
         0.5, ge=0, description="least gap of the mixed score, in its unit (standard deviations for zscore); 0 rejects only ties"
@@ -155,15 +178,34 @@ class Pair(Section):
 
 
 class Finetune(Section):
-    """LoRA-DPO on the pairs, group-batched: each candidate goes through the denoiser once for all its pairs."""
+    """Preference tuning on the pairs, group-batched: each candidate goes through the denoiser once for all its pairs."""
 
-    objective: str = Field("step_dpo", description="step_dpo (log-probabilities of the steps taken) or diffusion_dpo (errors)")
+    objective: str | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        "step_dpo", description="step_dpo (log-probabilities of the steps taken), diffusion_dpo (errors), another by name (README), "
+        "or a mix: {step_dpo: 1, sft: 0.1}"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="what the objective takes beside beta, such as {label_smoothing: 0.1}")
+    signal: Literal["log_prob", "error"] = Field(
+        "log_prob", description="what an objective that can take either is made of: log-probabilities of the steps taken, or errors"
+    )
     beta: float = Field(
         3000.0, gt=0, description="sharpness of the preference on mean-reduced quantities; 500 to 5000; larger stays nearer"
     )
-    reference: Literal["previous", "base"] = Field(
-        "previous", description="what the policy is held to: the model that drew the candidates (cached), or the untuned one"
+    auto_beta: float | None = Field(
+        None, gt=0, lt=0.5, description="move beta so that the mean gradient factor stays near this; 0.2 to 0.45; null: beta stays as it is"
     )
+    reference: Literal["previous", "base", "ema", "mix"] = Field(
+        "previous", description="what the policy is held to: the model that drew the candidates (cached), the untuned one, a moving "
+        "average of the policy, or a mix of previous and base"
+    )
+    reference_decay: float = Field(0.99, gt=0, lt=1, description="ema: share of the reference kept in each optimiser step")
+    reference_mix: float = Field(0.5, ge=0, le=1, description="mix: share of the previous model's change over the base")
+    guard: float | None = Field(
+        None, gt=0, lt=1, description="winner guard of Diffusion-SDPO on errors: least share of the winner's own progress that no loser takes away; "
+        "0.9 for Stable Diffusion 1.5, 0.6 for SDXL; null: none"
+    )
+    replay: Share = Field(0.0, description="share of the groups that come from earlier rounds' pairs; with ratio_clip")
+    condition_dropout: Share = Field(0.0, description="share of the places of error objectives trained without the prompt; 0 to 0.2")
     noise: Literal["tracked", "fresh"] = Field(
         "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (group, draw)"
     )
@@ -186,22 +228,33 @@ class Finetune(Section):
         description="the part of the walk that is trained on, from 0 (noise) to 1 (picture): its middle decides most; [0, 1]: all",
     )
     timesteps: int = Field(5, ge=1, description="saved steps (or draws) of each group used in an optimiser step")
-    micro_batch: int = Field(
-        64, ge=1, description="rows through the denoiser at once; gradients accumulate to the same result; at least one group"
+    pick: Literal["uniform", "accuracy"] = Field(
+        "uniform", description="which of them: all alike, or more often those on which the policy learns to tell winner from loser"
     )
+    micro_batch: int = Field(
+        64, ge=1, description="rows through the denoiser at once; gradients accumulate to the same result; smaller than a group costs "
+        "a second forward; halved by itself when memory runs out"
+    )
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: a third more time, a fraction of the memory")
     learning_rate: float = Field(6e-4, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, some 1.0e-3 for tiny models")
     warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
     decay: Literal["none", "linear"] = Field(
         "linear", description="of the learning rate after warm-up: none, or linear to 0 at the end"
     )
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's, on the adapter")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's, on what is trained")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    adapter: Literal["lora", "rslora", "dora", "full"] = Field(
+        "lora", description="what is trained: a LoRA, rank-stabilised (scale alpha/sqrt(rank)), weight-decomposed, or the whole denoiser"
+    )
     rank: int = Field(8, ge=1, description="of the LoRA; 4 to 32")
     alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha/rank; null: alpha = rank")
-    targets: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], description="module names, or their ends, that get an adapter"
+    targets: str | list[str] = Field(
+        "attention", description="attention, attention+mlp, or a list of module names (or their ends) that get an adapter"
     )
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision (autocast) of the policy's forwards")
+    negative: bool = Field(
+        False, description="also train a negative LoRA on swapped pairs (Diffusion-NPO), for `fdpo generate --negative`"
+    )
     checkpoint_every: int = Field(20, ge=1, description="optimiser steps between checkpoints inside the stage")
 
 
@@ -213,6 +266,12 @@ class Evaluate(Section):
     steps: int | None = Field(None, ge=1, le=1000, description="denoising steps; null: as in sample")
     guidance: float | None = Field(None, ge=0, description="guidance; null: as in sample")
     eta: float | None = Field(None, ge=0, le=1, description="DDIM noise; null: as in sample")
+    drift: float | None = Field(
+        1.0, gt=0, description="alarm where a meter or diversity moves more than so many standard deviations of the base's; null: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="what the next round starts from, and export and generate take: the last round, or the best one without an alarm"
+    )
     bootstrap: int = Field(4000, ge=100, description="resamplings of the prompts for each interval")
     interval: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="coverage of each interval")
 
@@ -226,12 +285,13 @@ class Report(Section):
 
 
 class Machine(Section):
-    """Where it runs; in no fingerprint: only device and threads can change a number, and only by rounding."""
+    """Where it runs; in no fingerprint: only device, threads and compile can change a number, and only by rounding."""
 
     device: Device = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     batch: int = Field(64, ge=1, description="candidates in flight at once, and rows handed to an expert")
     shard: int = Field(16, ge=1, description="prompts a file: what a crash can cost, and what resumes")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: torch's choice")
+    compile: bool = Field(False, description="torch.compile the denoiser while sampling: a minute at the start, then faster on a GPU")
 
 
 def _experts() -> dict[str, Expert]:

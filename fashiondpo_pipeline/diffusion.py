@@ -1,21 +1,50 @@
-"""Diffusion as tensor maths: no models, no files.
+"""Diffusion and flow as tensor maths: no models, no files.
 
 Words and letters: latent x_t at timestep t · finished latent x_0 · noise eps · cumulative signal share alpha_bar ·
-the latent after a step x_prev · prediction f (eps or v) · DDIM's noise share eta, its standard deviation sigma.
+the latent after a step x_prev · prediction f (eps, v, or a flow's velocity) · noise share eta of a step, its standard deviation sigma.
 Every function takes one timestep per row, so that a training batch may mix them.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-EPSILON, V = "epsilon", "v_prediction"
+EPSILON, V, FLOW = "epsilon", "v_prediction", "flow"
+
+
+class Schedule(Protocol):
+    """A walk from noise to a picture: how much signal and noise x_t holds, and what one step does. Two kinds: `Ddim` and `flow.Flow`."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(steps,) what the denoiser is told, noisiest first."""
+        ...
+
+    @property
+    def prediction(self) -> str: ...
+
+    def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(signal, noise) with x_t = signal x_0 + noise eps, (b,) float64 each."""
+        ...
+
+    def mean(self, prediction: Tensor, x_t: Tensor, t: Tensor, eta: float) -> Tensor:
+        """Mean of x_prev, (b, c, h, w)."""
+        ...
+
+    def std(self, t: Tensor, eta: float) -> Tensor:
+        """Standard deviation of x_prev, (b,) float64; 0 where a step is deterministic."""
+        ...
+
+    def at_share(self, share: float) -> float:
+        """The timestep at a share of the walk, from 0 (noise) to 1 (picture): what fresh noise is drawn at."""
+        ...
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """A noise schedule walked in some number of steps.
+class Ddim:
+    """A diffusion model's noise schedule walked by DDIM in some number of steps.
 
     alpha_bar: (1000,) float64, signal share at each timestep. alpha_bar_end: signal share after the last step.
     timesteps: (steps,) int64, noisiest first. stride: timesteps between neighbours. prediction: "epsilon" or "v_prediction".
@@ -36,6 +65,27 @@ class Schedule:
         arrive = t - self.stride
         return torch.where(arrive >= 0, self.at(arrive.clamp(min=0)), torch.full_like(self.at(t), self.alpha_bar_end))
 
+    def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(sqrt(alpha_bar), sqrt(1 - alpha_bar)).  Ho et al. 2020 (2006.11239), eq. 4."""
+        a = self.at(t)
+        return a.sqrt(), (1 - a).sqrt()
+
+    def std(self, t: Tensor, eta: float) -> Tensor:
+        """sigma of one DDIM step, (b,) float64.  Song et al. 2021 (2010.02502), eq. 16."""
+        a, a_prev = self.at(t), self.after(t)
+        variance = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
+        return eta * variance.clamp(min=0).sqrt()
+
+    def mean(self, prediction: Tensor, x_t: Tensor, t: Tensor, eta: float) -> Tensor:
+        """Mean of x_prev, (b, c, h, w).  Song et al. 2021 (2010.02502), eq. 12."""
+        x_0, eps = split(self, prediction, x_t, t)
+        a_prev, sigma = self.after(t), self.std(t, eta)
+        return wide(a_prev.sqrt(), x_t) * x_0 + wide((1 - a_prev - sigma**2).clamp(min=0).sqrt(), x_t) * eps
+
+    def at_share(self, share: float) -> float:
+        """Training timesteps, from the last (noise) to 0, evenly."""
+        return min(int(len(self.alpha_bar) * (1 - share)), len(self.alpha_bar) - 1)
+
 
 def wide(values: Tensor, like: Tensor) -> Tensor:
     """(b,) values shaped to multiply (b, ...) and in its type."""
@@ -43,57 +93,47 @@ def wide(values: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps.  Ho et al. 2020 (2006.11239), eq. 4."""
-    a = schedule.at(t)
-    return wide(a.sqrt(), x_0) * x_0 + wide((1 - a).sqrt(), x_0) * eps
+    """x_t = signal x_0 + noise eps."""
+    signal, noise = schedule.shares(t)
+    return wide(signal, x_0) * x_0 + wide(noise, x_0) * eps
 
 
 def noise_between(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The eps for which `add_noise` takes x_0 to x_t: the noise that connects a saved latent with its own end."""
-    a = schedule.at(t)
-    return (x_t - wide(a.sqrt(), x_t) * x_0) / wide((1 - a).sqrt(), x_t)
+    signal, noise = schedule.shares(t)
+    return (x_t - wide(signal, x_t) * x_0) / wide(noise, x_t)
 
 
 def target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """A perfect prediction: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.  Salimans & Ho 2022 (2202.00512)."""
+    """A perfect prediction: eps; v = signal eps - noise x_0 (Salimans & Ho 2022, 2202.00512); a flow's eps - x_0 (Liu et al. 2022, 2209.03003)."""
     if schedule.prediction == EPSILON:
         return eps
-    a = schedule.at(t)
-    return wide(a.sqrt(), eps) * eps - wide((1 - a).sqrt(), eps) * x_0
+    if schedule.prediction == FLOW:
+        return eps - x_0
+    signal, noise = schedule.shares(t)
+    return wide(signal, eps) * eps - wide(noise, eps) * x_0
 
 
 def split(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(x_0, eps) that a prediction at x_t stands for."""
-    a = schedule.at(t)
-    signal, noise = wide(a.sqrt(), x_t), wide((1 - a).sqrt(), x_t)
+    shares = schedule.shares(t)
+    signal, noise = wide(shares[0], x_t), wide(shares[1], x_t)
     if schedule.prediction == EPSILON:
         return (x_t - noise * prediction) / signal, prediction
+    if schedule.prediction == FLOW:
+        return x_t - noise * prediction, x_t + signal * prediction
     return signal * x_t - noise * prediction, signal * prediction + noise * x_t
 
 
-def ddim_sigma(schedule: Schedule, t: Tensor, eta: float) -> Tensor:
-    """Standard deviation of one DDIM step, (b,) float64.  Song et al. 2021 (2010.02502), eq. 16."""
-    a, a_prev = schedule.at(t), schedule.after(t)
-    variance = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-    return eta * variance.clamp(min=0).sqrt()
-
-
-def ddim_mean(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, eta: float) -> Tensor:
-    """Mean of x_prev, (b, c, h, w).  Song et al. 2021 (2010.02502), eq. 12."""
-    x_0, eps = split(schedule, prediction, x_t, t)
-    a_prev, sigma = schedule.after(t), ddim_sigma(schedule, t, eta)
-    return wide(a_prev.sqrt(), x_t) * x_0 + wide((1 - a_prev - sigma**2).clamp(min=0).sqrt(), x_t) * eps
-
-
-def ddim_sensitivity(schedule: Schedule, t: Tensor, eta: float) -> Tensor:
+def sensitivity(schedule: Schedule, t: Tensor, eta: float) -> Tensor:
     """How much a squared change of the prediction moves the step's log-probability, (b,) float64; infinite where sigma is 0.
 
-    c^2 / (2 sigma^2), with c the slope of `ddim_mean` in the prediction. It differs a hundredfold between the steps of one
+    c^2 / (2 sigma^2), with c the slope of the step's mean in the prediction. It differs a hundredfold between the steps of one
     walk: unweighted, the last step but one alone decides what training does.
     """
     one, zero = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
-    slope = ddim_mean(schedule, one, zero, t, eta) - ddim_mean(schedule, zero, zero, t, eta)
-    return slope[:, 0] ** 2 / (2 * ddim_sigma(schedule, t, eta) ** 2)
+    slope = schedule.mean(one, zero, t, eta) - schedule.mean(zero, zero, t, eta)
+    return slope[:, 0] ** 2 / (2 * schedule.std(t, eta) ** 2)
 
 
 def log_prob(mean: Tensor, sigma: Tensor, x_prev: Tensor) -> Tensor:
@@ -114,12 +154,24 @@ def squared_error(prediction: Tensor, wanted: Tensor) -> Tensor:
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
-    """Loss weight min(SNR, gamma)/SNR for eps, /(SNR + 1) for v, (b,).  Hang et al. 2023 (2303.09556)."""
-    a = schedule.at(t)
-    snr = a / (1 - a)
+    """Loss weight min(SNR, gamma)/SNR for eps, /(SNR + 1) for v, (b,).  Hang et al. 2023 (2303.09556).
+
+    A flow's velocity error is the x_0 error divided by noise^2, so its weight is min(SNR, gamma) noise^2.
+    """
+    signal, noise = schedule.shares(t)
+    snr = signal**2 / noise**2
+    if schedule.prediction == FLOW:
+        return snr.clamp(max=gamma) * noise**2
     return snr.clamp(max=gamma) / (snr if schedule.prediction == EPSILON else snr + 1)
 
 
 def guide(predictions: Tensor, weights: Tensor) -> Tensor:
-    """Branches (k, b, c, h, w) under weights (k,) that sum to one: classifier-free guidance of any number of conditions."""
-    return (predictions * weights.to(predictions).reshape(-1, 1, 1, 1, 1)).sum(0)
+    """Branches (k, b, c, h, w) under weights (k,) or (k, b) that sum to one: classifier-free guidance of any number of conditions."""
+    weights = weights.to(predictions)
+    return (predictions * (weights[:, None] if weights.ndim == 1 else weights)[..., None, None, None]).sum(0)
+
+
+def rescale(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """Guided predictions with part of their spread taken back to the conditional one's.  Lin et al. 2024 (2305.08891), eqs. 15, 16."""
+    wanted, found = conditional.flatten(1).std(1), guided.flatten(1).std(1)
+    return guided * wide(share * wanted / found + (1 - share), guided)

@@ -68,13 +68,24 @@ EXPERTS = Registry(
 GENERATORS = Registry(
     "generator",
     "fashiondpo_pipeline.generators",
-    {"text2img": "fashiondpo_pipeline.generators.text2img:Text2Image"},
+    {"text2img": "fashiondpo_pipeline.generators.text2img:text2img"},
+)
+FAMILIES = Registry(  # diffusers' pipeline class -> how it is called
+    "model family",
+    "fashiondpo_pipeline.families",
+    {
+        "StableDiffusionPipeline": "fashiondpo_pipeline.generators.stable_diffusion:StableDiffusion",
+        "StableDiffusionXLPipeline": "fashiondpo_pipeline.generators.stable_diffusion_xl:StableDiffusionXL",
+        "StableDiffusion3Pipeline": "fashiondpo_pipeline.generators.stable_diffusion_3:StableDiffusion3",
+        "FluxPipeline": "fashiondpo_pipeline.generators.flux:Flux",
+    },
 )
 OBJECTIVES = Registry(
     "objective",
     "fashiondpo_pipeline.objectives",
     {
-        "diffusion_dpo": "fashiondpo_pipeline.objectives:DIFFUSION_DPO",
-        "step_dpo": "fashiondpo_pipeline.objectives:STEP_DPO",
+        name: f"fashiondpo_pipeline.objectives:{name.upper()}"
+        for name in ("diffusion_dpo", "step_dpo", "ipo", "hinge", "cdpo", "robust_dpo", "soft_dpo", "margin_dpo", "sft", "winner_rise", "mapo",
+                     "dspo", "capo", "anchor", "kto", "nft", "plackett_luce", "rankdpo", "dgpo")
     },
 )

@@ -35,6 +35,8 @@ CANDIDATES = _schema(
     ("round", pa.int32(), "round that drew it; 0 is the base"),
     ("seed", pa.int64(), "of the CPU generator that gave x_T and every step's noise"),
     ("guidance", pa.float32(), "classifier-free guidance it was drawn with"),
+    ("guidance_interval", pa.list_(pa.float32()), "part of the walk in which it acted, from 0 (noise) to 1 (picture)"),
+    ("guidance_rescale", pa.float32(), "share of its contrast that was taken back"),
     ("picture", PICTURE, "PNG"),
     ("fault", pa.string(), "why it must not be used (not a number in the latent, ...); null: sound"),
     about="one row is one picture",
@@ -48,12 +50,13 @@ def trajectories(channels: int, height: int, width: int) -> pa.Schema:
         _GROUP,
         _CANDIDATE,
         ("steps", pa.list_(pa.int16()), "numbers of the saved steps, from 0 (noisiest)"),
-        ("timesteps", pa.list_(pa.int32()), "their timesteps t, 0..999"),
+        ("timesteps", pa.list_(pa.float32()), "their timesteps t, 0..1000"),
         ("x_t", pa.list_(pa.binary(latent)), "latent before each saved step"),
-        ("x_prev", pa.list_(pa.binary(latent)), "latent after each saved step"),
+        ("x_prev", pa.list_(pa.binary(latent)), "latent after each saved step; null where it is the next saved step's x_t, or x_0"),
         ("x_0", pa.binary(latent), "the finished latent, as the VAE's decoder is given it times scaling_factor"),
         ("log_prob", pa.list_(pa.float64()), "ln p(x_prev | x_t) summed over dimensions, nats; null: no density"),
         ("error", pa.list_(pa.float32()), "mean squared error of the conditional prediction at x_t against its own x_0"),
+        ("prediction", pa.list_(pa.binary(latent)), "conditional prediction at each saved step, fp16; null: not kept"),
         about="what finetuning needs, so that it runs no reference forward",
     )
     return schema.with_metadata({**schema.metadata, b"latent_shape": json.dumps([channels, height, width]).encode()})
@@ -102,9 +105,24 @@ STEPS = _schema(
     ("loser", pa.float32(), "mean change of the loser's signal against the reference"),
     ("grad_norm", pa.float32(), "before clipping"),
     ("learning_rate", pa.float32(), "of this step"),
+    ("beta", pa.float32(), "of this step; auto_beta moves it"),
+    ("clipped", pa.float32(), "share of pairs with a candidate beyond ratio_clip, which gives no more gradient"),
+    ("winner_error", pa.float32(), "mean change of the winner's squared error against the reference; above 0: it is drawn worse"),
+    ("loser_error", pa.float32(), "mean change of the loser's squared error against the reference"),
     ("pairs", pa.int32(), "pairs times timesteps in this step"),
     ("rows", pa.int32(), "rows that went through the denoiser"),
     about="one row is one optimiser step",
+)
+
+COLUMNS = _schema(
+    ("step", pa.int16(), "number of the saved step (or draw)"),
+    ("timestep", pa.float32(), "its timestep t; of a draw, the mean over groups"),
+    ("pairs", pa.int64(), "pairs seen in the last pass over the groups"),
+    ("accuracy", pa.float32(), "share of them that the policy orders as the reward does, against the reference; ties one half"),
+    ("margin", pa.float32(), "their mean margin"),
+    ("winner", pa.float32(), "mean change of the winner's signal against the reference"),
+    ("loser", pa.float32(), "mean change of the loser's signal against the reference"),
+    about="one row is one timestep of the last pass: where the policy learns",
 )
 
 METERS = _schema(

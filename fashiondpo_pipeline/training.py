@@ -4,14 +4,17 @@ A unit is one group at one saved step (or draw): its candidates share the timest
 for each of them. An optimiser step takes several units; micro-batches are whole units, so accumulation changes nothing.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fashiondpo_pipeline import seeds
+from fashiondpo_pipeline.objectives import Evidence, Objective
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ class Unit:
 class Batch:
     """n rows for the denoiser and the p pairs among them.
 
-    rows, columns (n,): place in the store. winner, loser (p,): into 0..n-1.
+    rows, columns (n,): place in the store. unit (n,): number of the unit. winner, loser (p,): into 0..n-1.
     """
 
     rows: np.ndarray
     columns: np.ndarray
+    unit: Tensor
     winner: Tensor
     loser: Tensor
 
@@ -50,6 +54,7 @@ class Batch:
         return cls(
             np.concatenate([unit.group.rows for unit in units]),
             np.concatenate([np.full(len(unit.group.rows), unit.column) for unit in units]),
+            torch.from_numpy(np.repeat(np.arange(len(units)), [len(unit.group.rows) for unit in units])),
             torch.from_numpy(np.concatenate([unit.group.winner + start for unit, start in zip(units, starts, strict=True)])),
             torch.from_numpy(np.concatenate([unit.group.loser + start for unit, start in zip(units, starts, strict=True)])),
         )
@@ -99,53 +104,162 @@ def micro_batches(units: list[Unit], most_rows: int) -> Iterator[list[Unit]]:
         yield batch
 
 
-@dataclass
+def repick(units: list[Unit], weights: np.ndarray, *key: str | int) -> list[Unit]:
+    """The same groups at columns drawn by weight, without repetition; the draw depends on key and weights alone."""
+    rng = np.random.default_rng(seeds.key(*key))
+    chosen = []
+    for group in dict.fromkeys(unit.group.name for unit in units):
+        own = [unit for unit in units if unit.group.name == group]
+        columns = rng.choice(len(weights), len(own), replace=False, p=weights / weights.sum())
+        chosen += [Unit(own[0].group, int(column)) for column in np.sort(columns)]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective of a mix, with its weight and options."""
+
+    objective: Objective
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_COUNTS = ("accuracy", "margin", "winner", "loser", "pairs")  # what is summed for each column
+
+
 class Tally:
-    """Sums over the pairs of an optimiser step, read off for the step table."""
+    """Sums over an optimiser step's pairs, read off for the step table. Sums of several processes add up."""
 
-    loss: float = 0.0
-    margin: float = 0.0
-    accuracy: float = 0.0
-    winner: float = 0.0
-    loser: float = 0.0
-    pairs: int = 0
-    rows: int = 0
-    widest: float = 0.0
+    def __init__(self, columns: int):
+        self.sums = dict.fromkeys(("loss", "margin", "accuracy", "winner", "loser", "winner_error", "loser_error", "clipped", "factor",
+                                   "pairs", "rows"), 0.0)
+        self.by_column = torch.zeros(columns, len(_COUNTS), dtype=torch.float64)
+        self.widest = 0.0
 
-    def add(self, loss: Tensor, margin: Tensor, gain: Tensor, batch: Batch) -> None:
-        """gain (n,): how much better than the reference the policy fits each candidate."""
-        self.loss += float(loss.sum())
-        self.margin += float(margin.sum())
-        self.accuracy += float((margin > 0).sum() + 0.5 * (margin == 0).sum())
-        self.winner += float(gain[batch.winner].sum())
-        self.loser += float(gain[batch.loser].sum())
-        self.pairs += len(loss)
-        self.rows += len(batch.rows)
-        self.widest = max(self.widest, float(margin.abs().max()))
+    def add(self, loss: Tensor, margin: Tensor, evidence: Evidence, batch: Batch, ratio_clip: float | None) -> None:
+        """loss: this part's share of the step's mean. margin (p,): the pairs' logits."""
+        gain, winner, loser = (x.detach().cpu() for x in (evidence.gain, evidence.winner, evidence.loser))
+        margin = margin.detach().double().cpu()
+        right = (margin > 0).double() + 0.5 * (margin == 0)
+        found = {"margin": margin, "accuracy": right, "winner": gain[winner].double(), "loser": gain[loser].double(),
+                 "factor": torch.sigmoid(-margin)}
+        if evidence.error is not None and evidence.ref_error is not None:
+            rise = (evidence.error - evidence.ref_error).detach().cpu().double()
+            found |= {"winner_error": rise[winner], "loser_error": rise[loser]}
+        if ratio_clip is not None:
+            found["clipped"] = ((gain[winner] > ratio_clip) | (gain[loser] < -ratio_clip)).double()
+        for name, values in found.items():
+            self.sums[name] += float(values.sum())
+        self.sums["loss"] += float(loss.detach())
+        self.sums["pairs"] += len(margin)
+        self.sums["rows"] += len(batch.rows)
+        if len(margin):
+            self.widest = max(self.widest, float(margin.abs().max()))
+        columns = torch.from_numpy(batch.columns)[winner]
+        rows = torch.stack([found["accuracy"], found["margin"], found["winner"], found["loser"], torch.ones_like(margin)], 1)
+        self.by_column.index_add_(0, columns, rows)
 
     def means(self) -> dict[str, float]:
-        return {name: getattr(self, name) / self.pairs for name in ("loss", "margin", "accuracy", "winner", "loser")}
+        """Of every pair; NaN where there is none. The loss is a mean already."""
+        pairs = self.sums["pairs"] or float("nan")
+        return {"loss": self.sums["loss"]} | {name: value / pairs for name, value in self.sums.items() if name not in ("loss", "pairs", "rows")}
+
+
+Predictions = tuple[Tensor, ...]  # what the network says of n places, each (n, c, h, w)
 
 
 def accumulate(
     units: list[Unit],
     micro_batch: int,
-    signal: Callable[[Batch], tuple[Tensor, Tensor]],
-    loss: Callable[..., tuple[Tensor, Tensor]],
-    higher_is_better: bool,
+    predict: Callable[[np.ndarray, np.ndarray], Predictions],
+    evidence: Callable[[Batch, Predictions], dict[str, Evidence]],
+    terms: list[Term],
+    beta: float,
+    *,
+    columns: int,
+    counted: Iterable[Unit] | None = None,
+    ratio_clip: float | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    scale: float = 1.0,
 ) -> Tally:
-    """One optimiser step's gradient, left in the parameters: the mean loss over every pair and column of `units`.
+    """One optimiser step's gradient, left in the parameters: each term's mean over what it counts, in all of `counted`.
 
-    signal: batch -> (policy's, reference's) signal, each (n,); the only thing here that calls a network. loss: an objective.
+    predict: the network at (rows, columns) of the store, with gradient. evidence: signal -> what a batch's predictions say.
+    counted: the step's units over all processes; `units` where there is one. A unit that is larger than a micro-batch goes through
+    the network twice: first without gradient, to know the loss's slope at every prediction; then in pieces, with it. `backward`
+    starts the backward pass of a loss; `scale` is what it multiplies losses with.
     """
-    tally = Tally()
-    total = sum(len(unit.group.winner) for unit in units)
+    everything = list(counted) if counted is not None else units
+    totals = {"pair": sum(len(u.group.winner) for u in everything), "candidate": sum(len(u.group.rows) for u in everything), "unit": len(everything)}
+    tally = Tally(columns)
+
+    def lose(batch: Batch, predictions: Predictions) -> Tensor:
+        found = evidence(batch, predictions)
+        value, margin = total_loss(terms, found, beta, totals)
+        tally.add(value, margin, main_evidence(terms, found), batch, ratio_clip)
+        return value
+
     for part in micro_batches(units, micro_batch):
         batch = Batch.of(part)
-        policy, reference = signal(batch)
-        each, margin = loss(policy, reference, batch.winner.to(policy.device), batch.loser.to(policy.device))  # (p,)
-        backward(each.sum() / total)
-        gain = (policy - reference) if higher_is_better else (reference - policy)
-        tally.add(each.detach(), margin.detach(), gain.detach().cpu(), batch)
+        if len(batch.rows) <= micro_batch:
+            backward(lose(batch, predict(batch.rows, batch.columns)))
+        else:
+            _in_pieces(batch, micro_batch, predict, lose, scale)
     return tally
+
+
+def _in_pieces(batch: Batch, rows: int, predict: Callable, lose: Callable, scale: float) -> None:
+    pieces = [slice(start, start + rows) for start in range(0, len(batch.rows), rows)]
+    with torch.no_grad():
+        found = [predict(batch.rows[piece], batch.columns[piece]) for piece in pieces]
+    leaves = tuple(torch.cat(parts).float().requires_grad_() for parts in zip(*found, strict=True))
+    (lose(batch, leaves) * scale).backward()
+    for piece in pieces:
+        again = predict(batch.rows[piece], batch.columns[piece])
+        slopes = [(output, leaf.grad[piece].to(output.dtype)) for output, leaf in zip(again, leaves, strict=True) if leaf.grad is not None]
+        torch.autograd.backward([output for output, _ in slopes], [slope for _, slope in slopes])
+
+
+def main_evidence(terms: list[Term], evidence: dict[str, Evidence]) -> Evidence:
+    """What the first term is made of: the step table is about it."""
+    return evidence[signal_of(terms[0].objective, evidence)]
+
+
+def signal_of(objective: Objective, evidence: dict[str, Evidence]) -> str:
+    """What an objective's gain is made of: its own kind, else the first there is."""
+    return objective.signal if objective.signal != "either" else next(iter(evidence))
+
+
+def total_loss(terms: list[Term], evidence: dict[str, Evidence], beta: float, totals: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """(weighted sum of the terms' means, margin (p,) of the first)."""
+    value, margins = torch.zeros((), dtype=torch.float64), []
+    for term in terms:
+        own = evidence[signal_of(term.objective, evidence)]
+        values, margin = term.objective.loss(own, beta=beta, **term.options)
+        value = value.to(values.device) + term.weight * values.sum() / max(totals[term.objective.per], 1)
+        margins.append(margin)
+    return value, margins[0]
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(problem) or "can't allocate memory" in str(problem)
+
+
+def holding(weights: dict[str, Any], values: dict[str, Tensor] | None) -> Any:
+    """For a while, the trained weights are these values: a reference kept beside the policy. Nothing happens for None."""
+    return _Holding(weights, values) if values is not None else nullcontext()
+
+
+class _Holding:
+    def __init__(self, weights: dict[str, Any], values: dict[str, Tensor]):
+        self.weights, self.values = weights, values
+
+    def __enter__(self) -> None:
+        self.own = {name: weight.data for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            weight.data = self.values[name]
+
+    def __exit__(self, *_: object) -> None:
+        for name, weight in self.weights.items():
+            weight.data = self.own[name]

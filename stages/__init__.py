@@ -4,17 +4,22 @@
 done, stale or missing is then a matter of looking whether its folder has a manifest. Stages meet on disk only.
 """
 
-import re
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from fashiondpo_pipeline import experts
+from fashiondpo_pipeline.checkpoints import Source, open_source
 from fashiondpo_pipeline.config import Config, Pair
-from fashiondpo_pipeline.embedded import PREFIX, locate
+from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.identity import hash_path
@@ -22,10 +27,10 @@ from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, read
 from fashiondpo_pipeline.registry import GENERATORS, OBJECTIVES
 from fashiondpo_pipeline.workspace import Output, Run, Step
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # what else names a model is a path
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
-VERSIONS = {"prepare": 1, "sample": 1, "embed": 1, "score": 1, "pair": 1, "finetune": 1, "evaluate": 1}
+VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 2}
+SHARED = ("encode", "sample", "embed", "score", "finetune")  # stages in which several processes each do a share
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Round(Watched):
     pair: Step
     finetune: Step
     evaluate: Step
+    negative: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Chain:
     """Every step of a run of some rounds, in the order in which they run."""
 
     config: Config
+    encode: Step
     prepared: dict[str, Step]
     rounds: list[Round]  # rounds[0] is the base, a Watched
 
@@ -71,15 +78,19 @@ class Chain:
         """The steps of one round; round 0 begins with what the experts prepare."""
         r = self.rounds[number]
         if number == 0:
-            return [*self.prepared.values(), *r.watching]
-        return [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune, *r.watching, r.evaluate]
+            return [self.encode, *self.prepared.values(), *r.watching]
+        trained = [r.finetune, *([r.negative] if r.negative else [])]
+        return [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, *trained, *r.watching, r.evaluate]
+
+
+_ALONE = int(os.environ.get("WORLD_SIZE", "1")) == 1  # one process, not started by `accelerate launch`
 
 
 class Session:
     """A run being worked on: its configuration, its folder, and the models that are loaded, each once."""
 
     def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None):
-        self.config, self.say = config, say
+        self.config, self.say = config, say if _ALONE or os.environ.get("RANK", "0") == "0" else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
         self.track = track or (lambda items, text, total, done=0: items)
         self._experts = {name: experts.make(name, e.use, e.options) for name, e in config.experts.items()}
@@ -100,12 +111,16 @@ class Session:
         return splits
 
     @cached_property
-    def generator_identity(self) -> str:
+    def source(self) -> Source:
+        """Where the generator's model lies."""
         g = self.config.generator
-        where = locate(g.model)
-        if g.model.startswith(PREFIX) or where.exists() or not HUB_ID.fullmatch(g.model):
-            return hash_path(where, "generator.model")
-        return f"{g.model}@{g.revision or 'main'}"
+        return open_source(g.model, g.revision, g.variant, g.config)
+
+    @cached_property
+    def generator_identity(self) -> str:
+        """A hash of the model that draws, with the LoRA it starts from."""
+        lora, scale = self.config.generator.lora, self.config.generator.lora_scale
+        return self.source.identity() + (f"+{hash_path(locate(lora), 'generator.lora')}x{scale:g}" if lora else "")
 
     def chain(self, rounds: int, pairs: dict[int, Pair] | None = None) -> Chain:
         """The steps of `rounds` rounds; `pairs` replaces the pair section of single rounds."""
@@ -120,6 +135,8 @@ class Session:
         wanted = self.config.machine.device
         if self.config.machine.threads:
             torch.set_num_threads(self.config.machine.threads)
+        if wanted in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+            return f"cuda:{os.environ['LOCAL_RANK']}"
         if wanted == "auto":
             return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if wanted.startswith("cuda") and not torch.cuda.is_available():
@@ -127,11 +144,19 @@ class Session:
         return wanted
 
     @cached_property
+    def processes(self) -> Any:
+        """The processes that work on this run together; only one in most runs."""
+        from fashiondpo_pipeline.processes import Processes
+
+        return Processes(self.device)
+
+    @cached_property
     def _generator(self) -> Any:
         g, s = self.config.generator, self.config.sample
         return GENERATORS.find(g.use)(
-            g.model, revision=g.revision, variant=g.variant, dtype=g.dtype, prediction=g.prediction,
-            height=s.height, width=s.width, device=self.device,
+            g.model, revision=g.revision, variant=g.variant, config=g.config, dtype=g.dtype, prediction=g.prediction,
+            height=s.height, width=s.width, device=self.device, lora=g.lora and str(locate(g.lora)), lora_scale=g.lora_scale,
+            compile=self.config.machine.compile,
         )
 
     def generator(self, adapter: Step | Path | None = None) -> Any:
@@ -168,13 +193,49 @@ class Session:
         """Run what is not done yet, in order; returns what was run."""
         ran = []
         for step in steps:
+            self.wait()  # so that every process sees the same folders
             if self.run.done(step):
                 continue
             out = self.run.output(step)
-            out.open()
-            import_module(f"stages.{step.stage}").run(self, step, out)
+            if self.first:
+                out.open()
+            self.wait()
+            if self.first or step.stage in SHARED:
+                import_module(f"stages.{step.stage}").run(self, step, out)
             ran.append(step)
+        self.wait()
         return ran
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what there is one of."""
+        return _ALONE or self.processes.first
+
+    def wait(self) -> None:
+        """Wait for the other processes, if there are any."""
+        if not _ALONE:
+            self.processes.wait()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; of several processes the first holds it for all."""
+        if not self.first:
+            yield
+            return
+        with self.run.lock():
+            yield
+
+    def encodings(self, step: Step, prompts: list[str]) -> dict[str, Any]:
+        """What the text encoders made of these prompts, from the run's table."""
+        from fashiondpo_pipeline import encodings
+
+        out = self.output(step)
+        wanted = pa.array(sorted(set(prompts)))
+        found: dict[str, Any] = {}
+        for shard in out.shards("prompts"):
+            table = out.table("prompts", shard=shard)
+            found |= encodings.of_table(table.filter(pc.is_in(table["prompt"], wanted)))
+        return found
 
     def output(self, step: Step) -> Output:
         """A done step's folder. Raises UserError if it has not been run."""
@@ -190,7 +251,9 @@ class _Builder:
         self.session, self.config, self.pairs = session, session.config, pairs
         g = self.config.generator
         self.generator = {"use": g.use, "dtype": g.dtype, "variant": g.variant}
-        OBJECTIVES.check(self.config.finetune.objective)
+        objective = self.config.finetune.objective
+        for name in [objective] if isinstance(objective, str) else objective:
+            OBJECTIVES.check(name)
         if self.config.sample.candidates < 2:
             raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
         self.check_needs()
@@ -206,8 +269,10 @@ class _Builder:
 
     def chain(self, rounds: int) -> Chain:
         prepared = {name: self.prepare(name) for name in self.config.experts if hasattr(self.session.make(name), "prepare")}
-        chain = Chain(self.config, prepared, [cast(Round, self.base(prepared))])
+        self.encode = self.encoding()
+        chain = Chain(self.config, self.encode, prepared, [cast(Round, self.base(prepared))])
         for number in range(1, rounds + 1):
+            self.earlier = chain.rounds[1:]
             chain.rounds.append(self.round(number, chain.rounds[-1], chain.rounds[0], prepared))
         return chain
 
@@ -215,6 +280,13 @@ class _Builder:
         held_out = self.draw(0, HELD_OUT, None)
         embeddings = self.embed(held_out)
         return Watched(0, held_out, embeddings, self.scores(held_out, embeddings, prepared))
+
+    def encoding(self) -> Step:
+        """One step for every prompt of the run, both splits."""
+        prompts = {f"prompts-{split}": found.identity for split, found in self.session.prompts.items()}
+        config = {"negative": self.config.sample.negative, "dtype": self.generator["dtype"], "variant": self.generator["variant"]}
+        files = {"text": self.session.source.identity(*self.session.source.text_parts), **prompts}
+        return Step("encode", "encode", 0, VERSIONS["encode"], config, {}, files)
 
     def round(self, number: int, before: Watched, base: Watched, prepared: dict[str, Step]) -> Round:
         adapter = before.finetune if isinstance(before, Round) else None
@@ -226,11 +298,13 @@ class _Builder:
         labels = {"seed": self.config.seed} if section.labels == "random" else {}
         pair = Step("pair", "pair", number, VERSIONS["pair"], section.model_dump() | labels, {"sample": sample, **rewarded})
         finetune = self.finetune(number, sample, pair, adapter)
+        negative = self.finetune(number, sample, pair, adapter, negative=True) if self.config.finetune.negative else None
         held_out = self.draw(number, HELD_OUT, finetune)
         watched = self.embed(held_out)
         after = Watched(number, held_out, watched, self.scores(held_out, watched, prepared))
         evaluate = self.evaluate(base, before, after, section, {"pair": pair, "finetune": finetune})
-        return Round(**vars(after), sample=sample, embeddings=embeddings, scores=scores, pair=pair, finetune=finetune, evaluate=evaluate)
+        return Round(**vars(after), sample=sample, embeddings=embeddings, scores=scores, pair=pair, finetune=finetune,
+                     evaluate=evaluate, negative=negative)
 
     def draw(self, number: int, split: str, adapter: Step | None) -> Step:
         s, e, held_out = self.config.sample, self.config.evaluate, split == HELD_OUT
@@ -242,12 +316,13 @@ class _Builder:
             "steps": (e.steps if held_out else None) or s.steps,
             "guidance": e.guidance if held_out and e.guidance is not None else s.guidance,
             "eta": e.eta if held_out and e.eta is not None else s.eta,
+            "guidance_interval": s.guidance_interval, "guidance_rescale": s.guidance_rescale,
             "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile,
-            "save": None if held_out else s.save, **self.generator,
+            **({} if held_out else {"save": s.save, "path": s.path, "predictions": s.predictions}), **self.generator,
         }
         return Step(
             "sample", "held-out-sample" if held_out else "sample", number, VERSIONS["sample"], config,
-            {"adapter": adapter} if adapter else {},
+            {"encode": self.encode, **({"adapter": adapter} if adapter else {})},
             {"generator": self.session.generator_identity, "prompts": self.session.prompts[split].identity},
             {"split": split},
         )
@@ -291,11 +366,16 @@ class _Builder:
                                {"expert": name, "split": HELD_OUT if prefix else TRAIN})
         return found
 
-    def finetune(self, number: int, sample: Step, pair: Step, adapter: Step | None) -> Step:
-        config = self.config.finetune.model_dump(exclude={"checkpoint_every"}) | {"seed": self.config.seed, "round": number}
-        inputs = {"sample": sample, "pair": pair, **({"adapter": adapter} if adapter else {})}
+    def finetune(self, number: int, sample: Step, pair: Step, adapter: Step | None, negative: bool = False) -> Step:
+        own = self.config.finetune.model_dump(exclude={"checkpoint_every", "negative"})
+        config = own | {"seed": self.config.seed, "round": number, "swapped": negative}
+        inputs = {"encode": self.encode, "sample": sample, "pair": pair, **({"adapter": adapter} if adapter else {})}
+        if self.config.finetune.replay:
+            for r in self.earlier:
+                inputs |= {f"sample-{r.number}": r.sample, f"pair-{r.number}": r.pair}
         files = {"generator": self.session.generator_identity}
-        return Step("finetune", "finetune", number, VERSIONS["finetune"], config | self.generator, inputs, files)
+        name = "negative" if negative else "finetune"
+        return Step("finetune", name, number, VERSIONS["finetune"], config | self.generator, inputs, files)
 
     def evaluate(self, base: Watched, before: Watched, after: Watched, section: Pair, inputs: dict[str, Step]) -> Step:
         e = self.config.evaluate

@@ -1,72 +1,100 @@
-"""pairs + trajectories (+ last round's adapter) -> a LoRA, and a table of its optimiser steps."""
+"""pairs + trajectories (+ last round's adapter) -> an adapter, and tables of its optimiser steps and of its timesteps."""
 
+import inspect
 import io
 import math
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from fashiondpo_pipeline import adapters, codecs, diffusion, schemas, seeds
+from fashiondpo_pipeline import adapters, schemas, seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.objectives import Objective
-from fashiondpo_pipeline.registry import OBJECTIVES
-from fashiondpo_pipeline.sampling import Condition, predict, tracked_error
-from fashiondpo_pipeline.timesteps import in_window
-from fashiondpo_pipeline.training import Batch, Group, accumulate, groups_of, schedule_of
+from fashiondpo_pipeline.grid import Chooser
+from fashiondpo_pipeline.preferences import Rule
+from fashiondpo_pipeline.registry import OBJECTIVES, did_you_mean
+from fashiondpo_pipeline.store import Store, digest
+from fashiondpo_pipeline.training import (
+    Batch,
+    Group,
+    Predictions,
+    Tally,
+    Term,
+    Unit,
+    accumulate,
+    groups_of,
+    holding,
+    out_of_memory,
+    repick,
+    schedule_of,
+)
 from fashiondpo_pipeline.workspace import Output, Step, replace_bytes
+from stages import pair as pairing
+from stages.encode import guidance_of
 
-FRESH_TIMESTEPS = 1000
 # How far the first margins may be from 0 where the policy starts as its own reference: rounding, times beta.
 FIRST_MARGIN = {"no": 0.05, "fp16": 0.5, "bf16": 2.0}
+BETA_RANGE = 100.0  # auto_beta stays within this factor of beta
+BETA_RATE = 0.1  # its change of ln beta for each unit that the gradient factor is off
 
 
 def run(session, step: Step, out: Output) -> None:
     claimed = {name: value for name, value in step.config.items() if name in Finetune.model_fields}
     # How often to write a checkpoint changes no result, so the claim does not hold it.
     knobs = Finetune.model_validate(claimed | {"checkpoint_every": session.config.finetune.checkpoint_every})
-    objective: Objective = OBJECTIVES.find(knobs.objective)
-    before = step.inputs.get("adapter")
+    terms = terms_of(knobs)
+    before, processes = step.inputs.get("adapter"), session.processes
     generator = session.generator(before)
     session.forget_adapter()
-    store = Store(out, step, knobs, objective, generator, session)
-    policy_is_reference = knobs.reference == "previous" or before is None
-    reference = store.reference(generator, base=not policy_is_reference)
+    if knobs.checkpointing:
+        generator.denoiser.enable_gradient_checkpointing()
+    candidates = Candidates(session, step, out, knobs, terms, generator)
+    store, groups = candidates.store, candidates.groups
 
-    rank, alpha = knobs.rank, knobs.alpha or float(knobs.rank)
-    seed = seeds.key(step.config["seed"], "adapter", step.round)
+    alpha, seed = knobs.alpha or float(knobs.rank), seeds.key(step.config["seed"], "adapter", step.round)
     if before is None:
-        adapters.attach(generator.denoiser, rank, alpha, knobs.targets, seed)
+        adapters.attach(generator.denoiser, knobs.rank, alpha, knobs.targets, seed, knobs.adapter)
     else:
-        adapters.check_shape(generator.denoiser, rank, alpha, knobs.targets)
+        adapters.check_shape(generator.denoiser, knobs.rank, alpha, knobs.targets, knobs.adapter)
     weights = adapters.parameters(generator.denoiser)
     optimiser = torch.optim.AdamW(weights.values(), lr=knobs.learning_rate, weight_decay=knobs.weight_decay)
     scaler = torch.amp.GradScaler(generator.device.type, enabled=knobs.precision == "fp16")
-    clip = {"ratio_clip": knobs.ratio_clip} if objective.signal == "log_prob" else {}
-    loss = partial(objective.loss, beta=knobs.beta, **clip)
+    reference = Reference(knobs, terms, store, candidates.replayed, weights, before is None, processes, generator)
 
-    def signal(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast(generator.device, knobs.precision):
-            policy = store.signal(generator, batch.rows, batch.columns)
-        return policy, torch.from_numpy(reference[batch.rows, batch.columns]).to(policy.device)
-
-    plan = list(schedule_of(store.groups, store.columns, knobs.epochs, knobs.groups, min(knobs.timesteps, store.columns),
+    plan = list(schedule_of(groups, store.columns, knobs.epochs, knobs.groups, min(knobs.timesteps, store.columns),
                             step.config["seed"], "finetune", step.round))
+    state = State(knobs.beta, torch.zeros(knobs.epochs, store.columns, 5, dtype=torch.float64))
     checkpoint = out.work / "checkpoint.pt"
-    rows = _resume(checkpoint, weights, optimiser, scaler, generator.device)
-    started, asked_before = time.monotonic(), store.rows_without_gradient
-    for number, (epoch, units) in session.track(list(enumerate(plan))[len(rows):], f"round {step.round} finetune", len(plan), len(rows)):
+    state.resume(checkpoint, weights, optimiser, scaler, reference, generator.device)
+    started, asked_before, micro_batch = time.monotonic(), store.rows_without_gradient, knobs.micro_batch
+
+    def evidence(batch: Batch, predictions: Predictions) -> dict:
+        return store.evidence(batch, predictions, reference.at(batch), candidates.scores_at(batch))
+
+    for number, (epoch, units) in session.track(list(enumerate(plan))[len(state.rows):], f"round {step.round} {step.name}", len(plan), len(state.rows)):
+        if knobs.pick == "accuracy":
+            units = repick(units, state.informative(), step.config["seed"], "pick", step.round, number)
         learning_rate = knobs.learning_rate * rate_at(number, len(plan), knobs.warmup, knobs.decay)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
-        optimiser.zero_grad(set_to_none=True)
-        tally = accumulate(units, knobs.micro_batch, signal, loss, objective.signal == "log_prob", lambda x: scaler.scale(x).backward())
-        if number == 0 and policy_is_reference:
-            _check_start(step, tally.means()["loss"], tally.widest, knobs.precision)
+        while True:
+            optimiser.zero_grad(set_to_none=True)
+            try:
+                tally = accumulate(
+                    processes.mine(units), micro_batch, store.predict, evidence, terms, state.beta, columns=store.columns, counted=units,
+                    ratio_clip=knobs.ratio_clip, backward=lambda loss: scaler.scale(loss).backward(), scale=scaler.get_scale(),
+                )
+                break
+            except (RuntimeError, MemoryError) as problem:
+                micro_batch = _smaller(problem, min(micro_batch, _most_rows(units)), session, step)
+        processes.total_gradients(list(weights.values()))
+        _total(tally, processes)
+        if number == 0 and reference.is_policy:
+            _check_start(step, tally, knobs.precision)
         scaler.unscale_(optimiser)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), knobs.max_grad_norm)
         if not torch.isfinite(norm) and knobs.precision != "fp16":
@@ -74,25 +102,278 @@ def run(session, step: Step, out: Output) -> None:
                             "lower finetune.learning_rate or finetune.beta")
         scaler.step(optimiser)
         scaler.update()
-        rows.append({"step": number, "epoch": epoch, **tally.means(), "grad_norm": float(norm),
-                     "learning_rate": learning_rate, "pairs": tally.pairs, "rows": tally.rows})
-        if (number + 1) % knobs.checkpoint_every == 0 and number + 1 < len(plan):
-            # no random state: order, columns and fresh noise are keyed by what they are for
-            state = {"weights": {n: w.detach().cpu() for n, w in weights.items()}, "optimiser": optimiser.state_dict(),
-                     "scaler": scaler.state_dict(), "rows": rows}
-            torch.save(state, buffer := io.BytesIO())  # in memory first: on a full disk torch says something else
-            replace_bytes(checkpoint, buffer.getvalue())
+        reference.follow(weights)
+        state.after(number, epoch, tally, float(norm), learning_rate, knobs)
+        if session.first and (number + 1) % knobs.checkpoint_every == 0 and number + 1 < len(plan):
+            state.save(checkpoint, weights, optimiser, scaler, reference)
 
-    out.write(0, time.monotonic() - started, steps=pa.Table.from_pylist(rows, schemas.STEPS))
+    if knobs.checkpointing:
+        generator.denoiser.disable_gradient_checkpointing()
+    session.wait()
+    if not session.first:
+        return
+    out.write(0, time.monotonic() - started, steps=pa.Table.from_pylist(state.rows, schemas.STEPS), columns=state.table(store))
     generator.save_adapter(out.work / "adapter")
     out.publish("adapter", out.work / "adapter")
     out.finish({
-        "objective": knobs.objective, "pairs": sum(len(g.winner) for g in store.groups), "steps": len(rows),
-        "policy_rows": sum(row["rows"] for row in rows),
-        "reference_rows_in_training": store.rows_without_gradient - asked_before, "reference_rows_before": store.reference_rows,
-        "trainable": sum(w.numel() for w in weights.values()), "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"],
-        "last_accuracy": rows[-1]["accuracy"],
+        "objective": knobs.objective, "pairs": sum(len(g.winner) for g in groups), "groups": len(groups), "steps": len(state.rows),
+        "reference": {"kind": knobs.reference, "hash": reference.hash}, "micro_batch": micro_batch,
+        "policy_rows": sum(row["rows"] for row in state.rows), "replayed_groups": candidates.replayed_groups,
+        "reference_rows_in_training": store.rows_without_gradient - asked_before, "reference_rows_before": reference.rows_before,
+        "trainable": sum(w.numel() for w in weights.values()), "first_loss": state.rows[0]["loss"], "last_loss": state.rows[-1]["loss"],
+        "last_accuracy": state.rows[-1]["accuracy"], "last_beta": state.beta,
     })
+
+
+# -- objectives
+
+
+def terms_of(knobs: Finetune) -> list[Term]:
+    """The objectives that the configuration mixes. Raises UserError for an option that none of them takes."""
+    mix = {knobs.objective: 1.0} if isinstance(knobs.objective, str) else knobs.objective
+    found = {name: OBJECTIVES.find(name) for name in mix}
+    taken = {name: [key for key, p in inspect.signature(objective.loss).parameters.items() if p.kind is p.KEYWORD_ONLY and key != "beta"]
+             for name, objective in found.items()}
+    every = sorted({key for keys in taken.values() for key in keys})
+    for key in knobs.options:
+        if key not in every:
+            raise UserError(f"finetune.options.{key}: {' and '.join(mix)} takes no such option; "
+                            + (did_you_mean(key, every) if every else "it takes none"))
+    options = knobs.options | ({"ratio_clip": knobs.ratio_clip} if knobs.ratio_clip is not None else {})
+    terms = [Term(found[name], weight, {key: value for key, value in options.items() if key in taken[name]}) for name, weight in mix.items()]
+    signals = signals_of(terms, knobs)
+    if knobs.guard is not None and signals != ["error"]:
+        raise UserError("finetune.guard works on errors: use diffusion_dpo, or set finetune.signal to error")
+    if knobs.condition_dropout and signals != ["error"]:
+        raise UserError("finetune.condition_dropout works on errors: a step was taken with its prompt; use diffusion_dpo, or set finetune.signal to error")
+    return terms
+
+
+def signals_of(terms: list[Term], knobs: Finetune) -> list[str]:
+    """What the gains of these objectives are made of, the first term's first."""
+    wanted = [knobs.signal if term.objective.signal == "either" else term.objective.signal for term in terms]
+    return list(dict.fromkeys(wanted))
+
+
+# -- what is trained on
+
+
+class Candidates:
+    """The groups of this round, and of earlier ones where they are replayed, with their candidates in a store."""
+
+    def __init__(self, session, step: Step, out: Output, knobs: Finetune, terms: list[Term], generator):
+        self.seed, self.swapped = step.config["seed"], step.config["swapped"]
+        sampled = step.inputs["sample"].config
+        whole = any(term.objective.per != "pair" for term in terms)
+        needs = {need for term in terms for need in term.objective.needs}
+        self._wants = [name for name in ("score", "opinions") if name in needs]
+        prompts = {row["group"]: row["prompt"] for row in session.prompts["train"].rows}
+        rounds = {"": ("sample", "pair")} | {f"@{role.removeprefix('pair-')}": (f"sample-{role.removeprefix('pair-')}", role)
+                                            for role in step.inputs if role.startswith("pair-")}
+        found = {suffix: self._read(session, step.inputs[pair], out.input(pair), suffix, whole) for suffix, (_, pair) in rounds.items()}
+        kept = {suffix: groups if not suffix else self._drawn(groups, len(found[""]), len(found) - 1, knobs.replay, step)
+                for suffix, groups in found.items()}
+        self.store = Store(generator, sampled, guidance_of(sampled), knobs, signals_of(terms, knobs), self.seed, out.work)
+        self.store.room(sum(len(members) for groups in kept.values() for members, *_ in groups.values()))
+        self.groups: list[Group] = []
+        scores: dict[tuple[str, int], tuple[float, np.ndarray]] = {}
+        generator.encodings = session.encodings(step.inputs["encode"], [*prompts.values(), sampled["negative"], ""])
+        for suffix, groups in kept.items():
+            sample = out.input(rounds[suffix][0])
+            wanted = {(name, int(member)) for name, (members, *_) in groups.items() for member in members}
+            tables = (sample.table("trajectories", self.store.columns_read, shard) for shard in sample.shards("trajectories"))
+            self.store.gather(tables, wanted, prompts, suffix)
+            for name, (members, winner, loser, opinions) in groups.items():
+                rows = np.array([self.store.place[name + suffix, int(member)] for member in members])
+                self.groups.append(Group(name + suffix, rows, np.searchsorted(members, winner), np.searchsorted(members, loser)))
+                for member, row in zip(members, rows, strict=True):
+                    scores[name, int(row)] = opinions[member]
+        self.store.close()
+        generator.encodings = {}
+        self.replayed = np.array([row for group in self.groups if "@" in group.name for row in group.rows], int)
+        self.replayed_groups = sum("@" in group.name for group in self.groups)
+        by_row = {row: value for (_, row), value in scores.items()}
+        self._scores = np.array([by_row[row][0] for row in range(len(by_row))])
+        self._opinions = np.array([by_row[row][1] for row in range(len(by_row))])
+
+    def _read(self, session, pair: Step, out: Output, suffix: str, whole: bool) -> dict[str, tuple]:
+        """Group -> (its members' numbers, winners, losers, (score, opinions) of every candidate)."""
+        table = out.table("pairs", ["group", "winner", "loser"])
+        names, won, lost = (table[name].to_numpy(zero_copy_only=False) for name in ("group", "winner", "loser"))
+        if self.swapped:
+            won, lost = lost, won
+        config = {name: value for name, value in pair.config.items() if name != "seed"}
+        chooser = Chooser(pairing.grid(session.output(pair), pair), Rule(**config)) if whole or self._wants else None
+        by_name = dict.fromkeys(names.tolist())
+        opinions: dict[str, list] = {}
+        if chooser:
+            sign = -1.0 if self.swapped != (config["labels"] == "swapped") else 1.0
+            mixed, each = sign * chooser.mixed, sign * np.stack(list(chooser.normal.values()), -1)  # (g, k), (g, k, m)
+            for n, name in enumerate(chooser.grid.groups.to_pylist()):
+                order = np.arange(mixed.shape[1])
+                if config["labels"] == "random":  # the control experiment of objectives that read scores: anybody's score
+                    order = np.random.default_rng(seeds.key(self.seed, "labels", name)).permutation(order)
+                opinions[name] = list(zip(mixed[n][order], each[n][order], strict=True))
+                if whole:
+                    by_name[name] = None
+        found = {}
+        for group in groups_of_names(names, won, lost):
+            found[group[0]] = group[1:]
+        result = {}
+        for name in sorted(by_name):
+            used, winner, loser = found.get(name, (np.empty(0, int), np.empty(0, int), np.empty(0, int)))
+            if whole:
+                used = np.flatnonzero([math.isfinite(score) for score, _ in opinions[name]])
+                used = np.union1d(used, np.concatenate([winner, loser]).astype(int))
+            if len(used):
+                result[name] = (used, winner, loser, opinions.get(name) or [(math.nan, np.empty(0))] * (int(used.max()) + 1))
+        return result
+
+    def _drawn(self, groups: dict, own: int, earlier: int, share: float, step: Step) -> dict:
+        """As many of an earlier round's groups as make up its part of the share that is replayed."""
+        count = min(len(groups), round(share / (1 - share) * own / earlier))
+        random = np.random.default_rng(seeds.key(self.seed, "replay", step.round))
+        names = sorted(groups)
+        return {names[i]: groups[names[i]] for i in sorted(random.permutation(len(names))[:count])}
+
+    def scores_at(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the experts said of a batch's rows, where an objective asks for it."""
+        values = {"score": self._scores, "opinions": self._opinions}
+        return {name: torch.from_numpy(values[name][batch.rows]).to(self.store.device) for name in self._wants}
+
+
+def groups_of_names(names: np.ndarray, winner: np.ndarray, loser: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """(name, candidates, winners, losers) of each group with pairs, by candidate number."""
+    numbers = sorted({(name, int(c)) for side in (winner, loser) for name, c in zip(names.tolist(), side, strict=True)})
+    place = {key: n for n, key in enumerate(numbers)}
+    found = []
+    for group in groups_of(names, winner, loser, place):
+        used = np.array([numbers[row][1] for row in group.rows])
+        found.append((group.name, used, used[group.winner], used[group.loser]))
+    return found
+
+
+# -- what the policy is held to
+
+
+class Reference:
+    """What is said of every place by the model that the policy is held to; its hash is in the manifest and checked on resume.
+
+    The sampler's own record where the sampling model is the reference: then no forward is needed. Else one pass before training
+    starts; and a forward beside each of the policy's where the reference moves (ema), or an objective compares predictions that
+    the sample stage did not keep.
+    """
+
+    def __init__(self, knobs: Finetune, terms: list[Term], store: Store, replayed: np.ndarray, weights: dict, first: bool, processes, generator):
+        self.knobs, self.store, self.generator, self.first = knobs, store, generator, first
+        kind = knobs.reference
+        self.is_policy = kind in ("previous", "ema") or first
+        self.rows_before = 0
+        own = np.setdiff1d(np.arange(len(store.names)), replayed)
+        compares = any("ref_prediction" in term.objective.needs for term in terms)
+        self.live = kind == "ema" or (compares and (store.kept_predictions(own[:1], np.zeros(1, int)) is None or not self.is_policy or len(replayed) > 0))
+        self.compares = compares
+        self.start = {name: weight.detach().clone() for name, weight in weights.items()} if self.live else None
+        self.weights = weights
+        if self.is_policy and not store.fresh and not knobs.condition_dropout:
+            self.numbers = {name: values.copy() for name, values in store.recorded().items()}
+            if len(replayed):
+                asked = store.ask("replayed.npz", replayed, processes, holding(weights, None))
+                for name, values in asked.items():
+                    self.numbers[name][replayed] = values[replayed]
+        else:
+            self.numbers = store.ask("reference.npz", np.arange(len(store.names)), processes, self._model())
+        self.rows_before = getattr(store, "asked", 0)
+        self.hash = digest(self.numbers)
+
+    def _model(self) -> Any:
+        """The context under which the denoiser is the reference."""
+        kind = "previous" if self.first else self.knobs.reference
+        if kind == "mix":
+            return adapters.scaled(self.generator.denoiser, self.knobs.reference_mix)
+        return adapters.disabled(self.generator.denoiser, kind == "base")
+
+    def at(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Its signals, and predictions where they are compared, at a batch's places."""
+        rows, columns, device = batch.rows, batch.columns, self.store.device
+        if not self.live:
+            found = {name: torch.from_numpy(np.asarray(values[rows, columns], np.float64)).to(device) for name, values in self.numbers.items()}
+            return found | ({"prediction": self.store.kept_predictions(rows, columns)} if self.compares else {})
+        moving = self.knobs.reference in ("previous", "ema") or self.first
+        with torch.no_grad(), holding(self.weights, self.start) if moving else self._model():
+            pieces = [slice(start, start + self.knobs.micro_batch) for start in range(0, len(rows), self.knobs.micro_batch)]
+            said = [self.store.predict(rows[piece], columns[piece]) for piece in pieces]
+            predictions = tuple(torch.cat(parts) for parts in zip(*said, strict=True))
+            signals = self.store.signals_of(rows, columns, self.store.spot(rows, columns), predictions)
+        return signals | {"prediction": predictions[-1].float()}
+
+    def follow(self, weights: dict) -> None:
+        """After an optimiser step: a moving reference moves."""
+        if self.knobs.reference == "ema" and self.start is not None:
+            for name, weight in weights.items():
+                self.start[name].lerp_(weight.detach(), 1 - self.knobs.reference_decay)
+
+
+# -- what survives a crash
+
+
+class State:
+    """Where a training is: its step table, beta, and what each column has shown, epoch by epoch."""
+
+    def __init__(self, beta: float, by_column: torch.Tensor):
+        self.rows: list[dict] = []
+        self.beta, self.first_beta, self.by_column = beta, beta, by_column
+
+    def after(self, number: int, epoch: int, tally: Tally, norm: float, learning_rate: float, knobs: Finetune) -> None:
+        means = tally.means()
+        factor = means.pop("factor")
+        self.rows.append({"step": number, "epoch": epoch, **means, "grad_norm": norm, "learning_rate": learning_rate, "beta": self.beta,
+                          "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
+        self.by_column[epoch] += tally.by_column
+        if knobs.auto_beta is not None and factor == factor:
+            moved = self.beta * math.exp(BETA_RATE * (factor - knobs.auto_beta))
+            self.beta = min(max(moved, self.first_beta / BETA_RANGE), self.first_beta * BETA_RANGE)
+
+    def informative(self) -> np.ndarray:
+        """Weight of each column: how far above one half the policy's accuracy on it is, and never nothing."""
+        sums = self.by_column.sum(0).numpy()
+        accuracy = np.where(sums[:, 4] > 0, sums[:, 0] / np.maximum(sums[:, 4], 1), 1.0)  # an unseen column is tried
+        return np.maximum(accuracy - 0.5, 0) + 0.05
+
+    def table(self, store: Store) -> pa.Table:
+        """The last pass, column by column."""
+        sums = self.by_column[-1].numpy()
+        numbers, timesteps = store.column_names()
+        pairs = sums[:, 4]
+        means = np.divide(sums[:, :4], pairs[:, None], out=np.full((len(sums), 4), np.nan), where=pairs[:, None] > 0)
+        rows = [{"step": number, "timestep": t, "pairs": int(count), "accuracy": a, "margin": m, "winner": w, "loser": lost}
+                for number, t, count, (a, m, w, lost) in zip(numbers, timesteps, pairs, means, strict=True)]
+        return pa.Table.from_pylist(rows, schemas.COLUMNS)
+
+    def save(self, path: Path, weights: dict, optimiser, scaler, reference: Reference) -> None:
+        # no random state: order, columns and fresh noise are keyed by what they are for
+        state = {"weights": {n: w.detach().cpu() for n, w in weights.items()}, "optimiser": optimiser.state_dict(),
+                 "scaler": scaler.state_dict(), "rows": self.rows, "beta": self.beta, "by_column": self.by_column,
+                 "reference": reference.hash, "moving": reference.start if reference.knobs.reference == "ema" else None}
+        torch.save(state, buffer := io.BytesIO())  # in memory first: on a full disk torch says something else
+        replace_bytes(path, buffer.getvalue())
+
+    def resume(self, path: Path, weights: dict, optimiser, scaler, reference: Reference, device) -> None:
+        """Put everything back as it was. Raises UserError if the reference is another one now."""
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["reference"] != reference.hash:
+            raise UserError(f"{path}: this finetuning began against another reference ({state['reference']}, now {reference.hash}): "
+                            "what it reads was changed; delete the folder it lies in and run the same command again")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state["weights"][name])
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        self.rows, self.beta, self.by_column = state["rows"], state["beta"], state["by_column"].cpu()
+        if state["moving"] is not None:
+            reference.start = state["moving"]
 
 
 def rate_at(number: int, steps: int, warmup: int, decay: str) -> float:
@@ -106,180 +387,36 @@ def rate_at(number: int, steps: int, warmup: int, decay: str) -> float:
     return 1.0 if decay == "none" else (steps - number) / max(steps - warmup, 1)
 
 
-class Store:
-    """The candidates that are in pairs, as fp16 arrays: what one round trains on is held in memory once.
-
-    Columns are the saved steps that the objective can use, or fresh draws. `signal` is what the objective is a function of.
-    """
-
-    def __init__(self, out: Output, step: Step, knobs, objective: Objective, generator, session):
-        self.knobs, self.objective, self.generator = knobs, objective, generator
-        self.sampled = step.inputs["sample"].config
-        self.schedule = generator.schedule(self.sampled["steps"])
-        self.reference_rows = 0
-        self.rows_without_gradient = 0  # asked of the denoiser: what a live reference would cost
-        self.fresh = objective.signal == "error" and knobs.noise == "fresh"
-        self._work, self._seed = out.work, step.config["seed"]
-
-        pairs = out.input("pair").table("pairs", ["group", "winner", "loser"])
-        names = pairs["group"].to_numpy(zero_copy_only=False)
-        wanted = {(name, i) for role in ("winner", "loser") for name, i in zip(names.tolist(), pairs[role].to_pylist(), strict=True)}
-        prompts = {row["group"]: row for row in session.prompts["train"].rows}
-        place = self._gather(out.input("sample"), wanted)
-        self.groups: list[Group] = groups_of(names, pairs["winner"].to_numpy(), pairs["loser"].to_numpy(), place)
-        self._conditions = self._embed(prompts)
-
-    def _gather(self, sample: Output, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], int]:
-        """Copy what the objective needs of every wanted candidate into arrays; (group, candidate) -> row."""
-        shape = self.generator.latent_shape
-        by_step = [] if self.fresh else ["x_t", "x_prev"] if self.objective.signal == "log_prob" else ["x_t"]
-        needed = ["group", "candidate", "steps", "timesteps", "x_0", "log_prob", "error", *by_step]
-        place: dict[tuple[str, int], int] = {}
-        self._names: list[str] = []
-        arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("x_0", "log_prob", "error", *by_step)}
-        steps: list[int] = []
-        timesteps: list[int] = []
-        for shard in sample.shards("trajectories"):
-            table = sample.table("trajectories", needed, shard)
-            for row in table.to_pylist():
-                if (row["group"], row["candidate"]) not in wanted:
-                    continue
-                place[row["group"], row["candidate"]] = len(place)
-                self._names.append(row["group"])
-                steps, timesteps = row["steps"], row["timesteps"]
-                arrays["x_0"].append(codecs.decode_half([row["x_0"]], shape)[0])
-                arrays["log_prob"].append(np.array([math.nan if v is None else v for v in row["log_prob"]]))
-                arrays["error"].append(np.array(row["error"], np.float32))
-                for name in by_step:
-                    arrays[name].append(codecs.decode_half(row[name], shape))
-        self._arrays = {name: np.stack(values) for name, values in arrays.items()}
-        if self.fresh:
-            self.columns = self.knobs.draws
-            return place
-        usable = in_window(steps, self.sampled["steps"], self.knobs.window)
-        if self.objective.signal == "log_prob":
-            usable = [i for i in usable if np.isfinite(self._arrays["log_prob"][:, i]).all()]
-            if not usable:
-                raise UserError(f"finetune.objective {self.knobs.objective} needs log-probabilities, which sample.eta 0 does not give: "
-                                "raise sample.eta, or use diffusion_dpo")
-        self.columns = len(usable)
-        self._timesteps = np.array(timesteps)[usable]
-        self._scale = self._scales()  # (columns,)
-        for name in ("log_prob", "error", *by_step):
-            self._arrays[name] = self._arrays[name][:, usable]
-        return place
-
-    def _scales(self) -> np.ndarray:
-        """What each step's signal is multiplied with, (columns,) float64."""
-        if self.objective.signal == "error":
-            t = torch.from_numpy(self._timesteps)
-            return np.ones(len(t)) if self.knobs.min_snr is None else diffusion.min_snr_weight(self.schedule, t, self.knobs.min_snr).numpy()
-        size = math.prod(self.generator.latent_shape)
-        if self.knobs.step_weight == "density":
-            return np.full(self.columns, 1 / size)
-        weight = diffusion.ddim_sensitivity(self.schedule, torch.from_numpy(self._timesteps), self.sampled["eta"]).numpy()
-        return np.median(weight) / weight / size
-
-    def _embed(self, prompts: dict[str, dict]) -> dict[str, Condition]:
-        guided = self.sampled["guidance"] if self.objective.signal == "log_prob" else 1.0
-        return {g.name: self.generator.condition([prompts[g.name]], guided, self.sampled["negative"]) for g in self.groups}
-
-    def _condition(self, rows: np.ndarray) -> Condition:
-        chosen = [self._conditions[self._names[row]] for row in rows]
-        return Condition(torch.cat([c.tokens for c in chosen], 1), chosen[0].weights)
-
-    def _latents(self, name: str, rows: np.ndarray, columns: np.ndarray | None = None) -> torch.Tensor:
-        values = self._arrays[name][rows] if columns is None else self._arrays[name][rows, columns]
-        return torch.from_numpy(values).to(self.generator.device).float()
-
-    def signal(self, generator, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-        """What the denoiser as it is now says of (n,) places: log-probability of the step taken, or the error, scaled; (n,)."""
-        if not torch.is_grad_enabled():
-            self.rows_without_gradient += len(rows)
-        condition = self._condition(rows)
-        if self.fresh:
-            return self._fresh_error(generator, rows, columns, condition)
-        return self._saved(generator, rows, columns, condition) * torch.from_numpy(self._scale[columns]).to(generator.device)
-
-    def _saved(self, generator, rows: np.ndarray, columns: np.ndarray, condition: Condition) -> torch.Tensor:
-        t = torch.from_numpy(self._timesteps[columns]).to(generator.device)
-        x_t = self._latents("x_t", rows, columns)
-        guided, conditional = predict(generator.denoise, x_t, t, condition)
-        if self.objective.signal == "log_prob":
-            eta = self.sampled["eta"]
-            mean = diffusion.ddim_mean(self.schedule, guided.float(), x_t, t, eta)
-            x_prev = self._latents("x_prev", rows, columns)
-            return diffusion.log_prob(mean, diffusion.ddim_sigma(self.schedule, t, eta), x_prev)
-        return tracked_error(self.schedule, conditional.float(), self._latents("x_0", rows), x_t, t).double()
-
-    def _fresh_error(self, generator, rows: np.ndarray, columns: np.ndarray, condition: Condition) -> torch.Tensor:
-        """Error at x_0 with new noise; a group's candidates share noise and timestep of a draw, so their errors compare."""
-        shape = self.generator.latent_shape
-        keys = [(self._names[row], int(column)) for row, column in zip(rows, columns, strict=True)]
-        drawn = {key: self._draw(key, shape) for key in dict.fromkeys(keys)}
-        eps = torch.stack([drawn[key][0] for key in keys]).to(generator.device)
-        t = torch.tensor([drawn[key][1] for key in keys], device=generator.device)
-        x_0 = self._latents("x_0", rows)
-        prediction, _ = predict(generator.denoise, diffusion.add_noise(self.schedule, x_0, eps, t), t, condition)
-        error = diffusion.squared_error(prediction.float(), diffusion.target(self.schedule, x_0, eps, t)).double()
-        return error if self.knobs.min_snr is None else error * diffusion.min_snr_weight(self.schedule, t, self.knobs.min_snr).to(error)
-
-    def _draw(self, key: tuple[str, int], shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-        random = seeds.generator(self._seed, "fresh", *key)
-        # draws are spread over the window's timesteps, a stratum each; the walk goes from high timesteps to low
-        last, first = (1 - share for share in self.knobs.window)
-        low, high = (int(FRESH_TIMESTEPS * (first + (last - first) * (key[1] + i) / self.columns)) for i in (0, 1))
-        low = min(low, FRESH_TIMESTEPS - 1)
-        return torch.randn(shape, generator=random), int(torch.randint(low, max(high, low + 1), (), generator=random))
-
-    def reference(self, generator, base: bool) -> np.ndarray:
-        """The reference's signal at every place, (n, columns). From the sampler's own record where it is the reference.
-
-        Else one pass without gradient before training starts, kept in `work/` so that a resume does not repeat it.
-        """
-        if not base and not self.fresh:
-            return self._arrays[self.objective.signal].astype(np.float64) * self._scale
-        return self._reference_pass(generator, self._work / "reference.npy", base)
-
-    def _reference_pass(self, generator, path: Path, base: bool) -> np.ndarray:
-        places = [(row, column) for g in self.groups for column in range(self.columns) for row in g.rows]
-        self.reference_rows = len(places)
-        if path.is_file():
-            return np.load(path, allow_pickle=False)
-        found = np.full((len(self._names), self.columns), np.nan)
-        with torch.inference_mode(), adapters.disabled(generator.denoiser, base), autocast(generator.device, self.knobs.precision):
-            for start in range(0, len(places), self.knobs.micro_batch):
-                rows, columns = np.array(places[start : start + self.knobs.micro_batch]).T
-                found[rows, columns] = self.signal(generator, rows, columns).cpu().numpy()
-
-        np.save(buffer := io.BytesIO(), found)
-        replace_bytes(path, buffer.getvalue())
-        return found
+def _most_rows(units: list[Unit]) -> int:
+    return max(sum(len(unit.group.rows) for unit in units), 1)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision of the forwards; a no-op for "no"."""
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "no")
+def _smaller(problem: BaseException, micro_batch: int, session, step: Step) -> int:
+    """Half the micro-batch, if memory ran out; the problem itself, if it is another one."""
+    if not out_of_memory(problem):
+        raise problem
+    if micro_batch == 1:
+        raise UserError(f"round {step.round} finetune: not even one row fits into memory ({str(problem).splitlines()[0]}): set "
+                        "finetune.checkpointing: true, finetune.precision: bf16, or draw smaller pictures") from problem
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    session.say(f"round {step.round} finetune: out of memory with {micro_batch} rows at once; going on with {micro_batch // 2}, to the same result "
+                f"(finetune.micro_batch: {micro_batch // 2} says so from the start)")
+    return micro_batch // 2
 
 
-def _check_start(step: Step, loss: float, widest: float, precision: str) -> None:
-    """Before the first update the policy is its own reference: loss ln 2 and every margin 0, or the cache is not the reference's."""
-    if widest > FIRST_MARGIN[precision]:
+def _total(tally: Tally, processes) -> None:
+    """Every process's sums, in every process."""
+    if processes.count > 1:
+        tally.sums = processes.total_numbers(tally.sums)
+        processes.total(tally.by_column)
+
+
+def _check_start(step: Step, tally: Tally, precision: str) -> None:
+    """Before the first update the policy is its own reference: every margin is 0, or the cache is not the reference's."""
+    if tally.widest > FIRST_MARGIN[precision]:
         raise UserError(
-            f"round {step.round} finetune: at step 0 the policy is its own reference, yet a margin is {widest:.3g} and the loss "
-            f"{loss:.4f} instead of 0 and {math.log(2):.4f}: the candidates were drawn with other numerics than finetune uses; "
+            f"round {step.round} finetune: at step 0 the policy is its own reference, yet a margin is {tally.widest:.3g} and the loss "
+            f"{tally.means()['loss']:.4f} instead of a margin of 0: the candidates were drawn with other numerics than finetune uses; "
             "draw and finetune with the same dtype, precision and device, or lower finetune.beta"
         )
-
-
-def _resume(checkpoint: Path, weights: dict, optimiser, scaler, device) -> list[dict]:
-    """Put weights and optimiser back as they were; the rows of the step table so far."""
-    if not checkpoint.is_file():
-        return []
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(state["weights"][name])
-    optimiser.load_state_dict(state["optimiser"])
-    scaler.load_state_dict(state["scaler"])
-    return state["rows"]

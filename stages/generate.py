@@ -7,7 +7,7 @@ import torch
 from fashiondpo_pipeline.codecs import encode_png
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.prompts import slug
-from fashiondpo_pipeline.sampling import sample
+from fashiondpo_pipeline.sampling import Guidance, sample
 from stages import Session
 from stages.single import finished
 
@@ -23,15 +23,21 @@ def run(
     generator = session.generator(adapter)
     guidance = knobs.guidance if guidance is None else guidance
     row = {"group": "", "prompt": prompt}
-    condition = generator.condition([row] * count, guidance, knobs.negative)
+    schedule = generator.schedule(steps or knobs.steps)
+    asked = Guidance(guidance, tuple(knobs.guidance_interval), knobs.guidance_rescale)
+    condition = generator.condition([row] * count, asked, knobs.negative).steered(asked, schedule)
+    generator.let_go("text")
     path = sample(
-        generator.denoise, generator.schedule(steps or knobs.steps), condition,
+        generator.denoise, schedule, condition,
         [torch.Generator().manual_seed(seed + i) for i in range(count)], generator.latent_shape,
         eta=knobs.eta if eta is None else eta, tile=min(count, knobs.tile), device=generator.device,
     )
     folder = out or session.run.root / "generated"
     folder.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(generator.decode(path.x_0)):
+    pictures, sound = generator.decode(path.x_0)
+    if not sound.all():
+        raise UserError("a picture is not made of numbers: use generator.dtype float32, or bfloat16 on a GPU")
+    for i, picture in enumerate(pictures):
         file = folder / f"{slug(prompt)}-round{number}-seed{seed + i}.png"
         file.write_bytes(encode_png(picture))
         print(file)

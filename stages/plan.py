@@ -53,7 +53,7 @@ def line_of(session: Session, step: Step) -> Line:
     elif step.stage == "finetune":
         f, groups = session.config.finetune, len(session.prompts["train"])
         saved, drawn = _saved(step.inputs["sample"]), step.inputs["sample"].config["steps"]
-        columns = f.draws if f.noise == "fresh" and f.objective == "diffusion_dpo" else len(in_window(saved, drawn, f.window))
+        columns = f.draws if f.noise == "fresh" and f.objective != "step_dpo" else len(in_window(saved, drawn, f.window))
         rows = f.epochs * math.ceil(groups / f.groups)
         branches = 1 if step.inputs["sample"].config["guidance"] == 1 or f.objective != "step_dpo" else 2
         forwards = 3 * f.epochs * groups * session.config.sample.candidates * min(f.timesteps, columns) * branches
@@ -62,7 +62,7 @@ def line_of(session: Session, step: Step) -> Line:
 
 
 def _saved(sample: Step) -> list[int]:
-    return saved_steps(sample.config["save"], sample.config["steps"]) if sample.config["save"] else []
+    return saved_steps(sample.config["save"], sample.config["steps"]) if sample.config.get("save") else []
 
 
 def _sampled(session: Session, step: Step) -> tuple[int, int, int]:
@@ -72,24 +72,20 @@ def _sampled(session: Session, step: Step) -> tuple[int, int, int]:
     saved = _saved(step)
     latent = 2 * math.prod(shape)
     picture = math.prod(shape[1:]) * 64 * 3 // 2  # PNG of a photograph: about half of its raw bytes
-    kept = latent * (2 * len(saved) + 1) + 16 * len(saved) if saved else 0
+    kept = latent * latents_kept(knobs, saved) + 24 * len(saved) if saved else 0
     branches = 1 if knobs["guidance"] == 1 else 2
     return rows, rows * (kept + picture + 64), rows * knobs["steps"] * branches
 
 
-def latent_shape(session: Session) -> tuple[int, int, int]:
-    """(c, h, w), read from the model's configuration files without loading it; Stable Diffusion's where they are not here."""
-    from fashiondpo_pipeline.embedded import locate
-    from fashiondpo_pipeline.workspace import read_json
+def latents_kept(knobs: dict, saved: list[int]) -> int:
+    """Latents a candidate on disk: x_0, each saved x_t, where it led unless that is there already, and the prediction if wanted."""
+    leads = sum(step + 1 not in saved and step + 1 < knobs["steps"] for step in saved) if knobs["path"] else 0
+    return 1 + len(saved) + leads + (len(saved) if knobs["predictions"] else 0)
 
-    folder = locate(session.config.generator.model)
-    if not (folder / "unet" / "config.json").is_file():
-        return 4, 64, 64
-    unet, vae = read_json(folder / "unet" / "config.json"), read_json(folder / "vae" / "config.json")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    s = session.config.sample
-    height, width = (n // factor if n else unet["sample_size"] for n in (s.height, s.width))
-    return unet["in_channels"], height, width
+
+def latent_shape(session: Session) -> tuple[int, int, int]:
+    """(c, h, w), read from the model's configuration files without loading it."""
+    return session._generator.latent_shape
 
 
 def show_plan(session: Session, chain: Chain) -> None:

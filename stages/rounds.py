@@ -1,7 +1,6 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
@@ -15,7 +14,7 @@ def run(session: Session, n: int | None) -> None:
 
     n = n or session.config.rounds
     chain = session.chain(n)
-    with session.run.lock():
+    with session.lock():
         todo = [step for step in chain.steps if not session.run.done(step)]
         if todo:
             _check_objective(session)
@@ -24,7 +23,9 @@ def run(session: Session, n: int | None) -> None:
             ran = session.execute(chain.of(number))
             if ran and number:
                 session.say(_sentence(session, chain, number))
-        path = report.write(session, chain)
+        path = report.write(session, chain) if session.first else None
+    if not session.first:
+        return
     _table(session, chain)
     last = chain.rounds[-1]
     session.say(f"report   {path}")
@@ -34,10 +35,16 @@ def run(session: Session, n: int | None) -> None:
 
 def _check_objective(session: Session) -> None:
     """Raises UserError if the candidates will lack what finetuning needs of them: now, not after hours of sampling."""
-    name = session.config.finetune.objective
-    if session.config.sample.eta == 0 and OBJECTIVES.find(name).signal == "log_prob":
-        raise UserError(f"finetune.objective {name} needs log-probabilities, which sample.eta 0 does not give: "
-                        "raise sample.eta, or use diffusion_dpo")
+    from stages.finetune import signals_of, terms_of  # here, as torch takes longer to import than `fdpo status` runs
+
+    knobs, sample = session.config.finetune, session.config.sample
+    if "log_prob" in signals_of(terms_of(knobs), knobs):
+        if sample.eta == 0:
+            raise UserError(f"finetune.objective {knobs.objective} needs log-probabilities, which sample.eta 0 does not give: "
+                            "raise sample.eta, use diffusion_dpo, or set finetune.signal to error")
+        if not sample.path:
+            raise UserError(f"finetune.objective {knobs.objective} needs to know where each step led, which sample.path false does not keep: "
+                            "set sample.path to true, use diffusion_dpo, or set finetune.signal to error")
 
 
 def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:

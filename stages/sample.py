@@ -1,6 +1,7 @@
 """prompts (+ last round's adapter) -> candidates, and the trajectories that finetuning needs."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -11,83 +12,113 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.sampling import Trajectory, sample
 from fashiondpo_pipeline.timesteps import saved_steps
 from fashiondpo_pipeline.workspace import Output, Step
+from stages.encode import guidance_of
+
+Drawn = tuple[list, list[int], np.ndarray, np.ndarray, Trajectory]  # (row, number) each, seeds, pixels, sound, paths
 
 
 def run(session, step: Step, out: Output) -> None:
     knobs, machine = step.config, session.config.machine
     prompts = session.prompts[step.args["split"]].rows
     generator = session.generator(step.inputs.get("adapter"))
-    schedule = generator.schedule(knobs["steps"])
-    save = saved_steps(knobs["save"], knobs["steps"]) if knobs["save"] else []
+    schedule, guidance = generator.schedule(knobs["steps"]), guidance_of(knobs)
+    save = saved_steps(knobs["save"], knobs["steps"]) if knobs.get("save") else []
     in_flight = -(-machine.batch // knobs["tile"]) * knobs["tile"]
+    encode = step.inputs["encode"]
 
-    shards = {i: prompts[start : start + machine.shard] for i, start in enumerate(range(0, len(prompts), machine.shard))}
-    for shard, groups in session.track(shards.items(), f"round {step.round} {step.name}", len(shards)):
-        if out.has(shard):
-            continue
-        started = time.monotonic()
+    def draw(groups: list[dict]) -> list[Drawn]:
+        generator.encodings = session.encodings(encode, [*(row["prompt"] for row in groups), knobs["negative"], ""])
         rows = [(row, i) for row in groups for i in range(knobs["candidates"])]
-        candidates, trajectories = [], []
+        drawn = []
         for start in range(0, len(rows), in_flight):
             batch = rows[start : start + in_flight]
             numbers = [seeds.key(knobs["seed"], knobs["stream"], row["group"], i) for row, i in batch]
-            condition = generator.condition([row for row, _ in batch], knobs["guidance"], knobs["negative"])
+            condition = generator.condition([row for row, _ in batch], guidance, knobs["negative"]).steered(guidance, schedule)
             path = sample(
                 generator.denoise, schedule, condition,
                 [torch.Generator().manual_seed(number) for number in numbers], generator.latent_shape,
                 eta=knobs["eta"], save=save, tile=knobs["tile"], device=generator.device,
             )
-            candidates += _candidates(step, batch, numbers, _decode(generator, path.x_0, knobs["tile"]), path)
-            if save:
-                trajectories += _trajectories(batch, path, save, schedule.timesteps[save].tolist())
+            drawn.append((batch, numbers, *_decode(generator, path.x_0, knobs["tile"]), path.cpu()))
+        return drawn
+
+    def write(shard: int, drawn: list[Drawn], started: float) -> None:
+        candidates = [row for part in drawn for row in _candidates(step, *part)]
         tables = {"candidates": pa.Table.from_pylist(candidates, schemas.CANDIDATES)}
         if save:
-            tables["trajectories"] = pa.Table.from_pylist(trajectories, schemas.trajectories(*generator.latent_shape))
+            rows = [row for batch, _, _, _, path in drawn for row in _trajectories(batch, path, save, schedule.timesteps.tolist(), knobs)]
+            tables["trajectories"] = pa.Table.from_pylist(rows, schemas.trajectories(*generator.latent_shape))
         out.write(shard, time.monotonic() - started, **tables)
 
-    faults = sum(1 for fault in out.table("candidates", ["fault"])["fault"].to_pylist() if fault)
-    total = len(prompts) * knobs["candidates"]
-    if faults == total:
-        raise UserError(f"round {step.round}: all {total} pictures are broken (the latents are not finite): use dtype float32")
+    shards = {i: prompts[start : start + machine.shard] for i, start in enumerate(range(0, len(prompts), machine.shard))}
+    mine = session.processes.mine(list(shards.items()))
+    # PNG and Parquet of one shard are made in a thread while the denoiser is at the next one
+    with ThreadPoolExecutor(1) as pen:
+        pending: Future | None = None
+        for shard, groups in session.track(mine, f"round {step.round} {step.name}", len(mine)):
+            if out.has(shard):
+                continue
+            started = time.monotonic()
+            drawn = draw(groups)
+            if pending:
+                pending.result()
+            pending = pen.submit(write, shard, drawn, started)
+        if pending:
+            pending.result()
+    generator.let_go("vae")
+    session.wait()
+    if session.first:
+        _finish(session, step, out, save)
+
+
+def _finish(session, step: Step, out: Output, save: list[int]) -> None:
+    faults = [fault for fault in out.table("candidates", ["fault"])["fault"].to_pylist() if fault]
+    total = len(session.prompts[step.args["split"]]) * step.config["candidates"]
+    if len(faults) == total:
+        raise UserError(f"round {step.round}: all {total} pictures are broken ({faults[0]}): use generator.dtype float32, or bfloat16 on a GPU")
     if faults:
-        session.say(f"round {step.round}: {faults} of {total} pictures are broken and take no part (latents not finite)")
-    out.finish({"candidates": total, "faults": faults, "saved_steps": save, "denoiser_rows": total * knobs["steps"]})
+        session.say(f"round {step.round}: {len(faults)} of {total} pictures are broken and take no part ({faults[0]})")
+    out.finish({"candidates": total, "faults": len(faults), "saved_steps": save, "denoiser_rows": total * step.config["steps"]})
 
 
-def _decode(generator, x_0: torch.Tensor, tile: int) -> np.ndarray:
+def _decode(generator, x_0: torch.Tensor, tile: int) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of every latent, decoded in full tiles too: a picture must not depend on how many were decoded with it."""
-    pictures = []
+    found = []
     for part in torch.nan_to_num(x_0).split(tile):
         full = torch.cat([part, part[-1:].expand(tile - len(part), *part.shape[1:])]) if len(part) < tile else part
-        pictures.append(generator.decode(full)[: len(part)])
-    return np.concatenate(pictures)
+        found.append([values[: len(part)] for values in generator.decode(full)])
+    pixels, sound = (np.concatenate(values) for values in zip(*found, strict=True))
+    return pixels, sound
 
 
-def _candidates(step: Step, batch: list, numbers: list[int], pixels: np.ndarray, path: Trajectory) -> list[dict]:
-    sound = torch.isfinite(path.x_0).flatten(1).all(1).tolist()
+def _candidates(step: Step, batch: list, numbers: list[int], pixels: np.ndarray, sound: np.ndarray, path: Trajectory) -> list[dict]:
+    finite = torch.isfinite(path.x_0.half()).flatten(1).all(1).tolist()
     return [
         {
             "group": row["group"], "candidate": i, "prompt": row["prompt"], "round": step.round, "seed": number,
-            "guidance": step.config["guidance"],
+            **{name: step.config[name] for name in ("guidance", "guidance_interval", "guidance_rescale")},
             "picture": {"bytes": codecs.encode_png(picture), "path": f"{row['group']}/{i}.png"},
-            "fault": None if ok else "the latent is not finite",
+            "fault": "the latent is not finite" if not latent else None if picture_ok else "the picture is not finite",
         }
-        for (row, i), number, picture, ok in zip(batch, numbers, pixels, sound, strict=True)
+        for (row, i), number, picture, picture_ok, latent in zip(batch, numbers, pixels, sound.tolist(), finite, strict=True)
     ]
 
 
-def _trajectories(batch: list, path: Trajectory, save: list[int], timesteps: list[int]) -> list[dict]:
+def _trajectories(batch: list, path: Trajectory, save: list[int], timesteps: list[float], knobs: dict) -> list[dict]:
     assert path.x_t is not None and path.x_prev is not None and path.log_prob is not None and path.error is not None
-    log_prob = path.log_prob.cpu().tolist()
-    error = path.error.float().cpu().tolist()
+    log_prob = path.log_prob.tolist()
+    error = path.error.float().tolist()
+    # where a step led is kept once: it is the next saved step's x_t, or x_0
+    leads = [] if not knobs["path"] else [None if step + 1 in save or step + 1 == len(timesteps) else at for at, step in enumerate(save)]
     return [
         {
-            "group": row["group"], "candidate": i, "steps": save, "timesteps": timesteps,
+            "group": row["group"], "candidate": i, "steps": save, "timesteps": [timesteps[step] for step in save],
             "x_t": [codecs.encode_half(x) for x in path.x_t[n]],
-            "x_prev": [codecs.encode_half(x) for x in path.x_prev[n]],
+            "x_prev": [None if at is None else codecs.encode_half(path.x_prev[n, at]) for at in leads] or None,
             "x_0": codecs.encode_half(path.x_0[n]),
             "log_prob": [value if value == value else None for value in log_prob[n]],
             "error": error[n],
+            "prediction": [codecs.encode_half(x) for x in path.prediction[n]] if knobs["predictions"] and path.prediction is not None else None,
         }
         for n, (row, i) in enumerate(batch)
     ]

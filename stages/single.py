@@ -15,11 +15,12 @@ from stages.rounds import in_words
 def run(session: Session, stage: str, number: int | None, pairs: str | None) -> None:
     """Run what `stage` adds to a round. Raises UserError if something it reads has not been made."""
     chain, number = choose(session, stage, number, pairs)
-    with session.run.lock():
+    with session.lock():
         if stage == "report":
             from stages import report  # here, for the same reason as in rounds
 
-            session.say(f"report   {report.write(session, chain)}")
+            if session.first:
+                session.say(f"report   {report.write(session, chain)}")
             return
         steps = steps_of(chain, chain.rounds[number], stage)
         own = {step.folder for step in steps}
@@ -28,10 +29,12 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
                 if wanted.folder not in own and not session.run.done(wanted):
                     raise UserError(f"round {number} {stage} reads {role} of round {wanted.round} ({wanted.name}), which is not there "
                                     f"with these settings: run `fdpo {command_for(wanted)} --round {wanted.round}` first, or `fdpo round`")
-        if stage == "sample" and not session.run.done(steps[0]):
-            cost = line_of(session, steps[0])
+        if stage == "sample" and not session.run.done(steps[-1]):
+            cost = line_of(session, steps[-1])
             session.say(f"round {number} sample: {cost.rows:,} candidates, about {size(cost.bytes)} to write, {cost.forwards:,} denoiser rows")
         ran = session.execute(steps)
+    if not session.first:
+        return
     if not ran:
         session.say(f"round {number} {stage}: done already, nothing to do")
     elif stage == "evaluate":
@@ -44,11 +47,15 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
 
 def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:
     """A round's steps that belong to a stage's command."""
+    if stage == "sample":
+        return [chain.encode, r.sample]
+    if stage == "finetune":
+        return [r.finetune, *([r.negative] if r.negative else [])]
     if stage == "score":
         return [*chain.prepared.values(), *r.embeddings.values(), *r.scores.values()]
     if stage == "evaluate":
         held_out = {s.folder: s for n in (0, r.number - 1, r.number) for s in chain.rounds[n].watching}
-        return [*chain.prepared.values(), *held_out.values(), r.evaluate]
+        return [chain.encode, *chain.prepared.values(), *held_out.values(), r.evaluate]
     return [getattr(r, stage)]
 
 

@@ -2,34 +2,44 @@
 
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from fashiondpo_pipeline.diffusion import Schedule
-from fashiondpo_pipeline.sampling import Condition
+from fashiondpo_pipeline.sampling import Condition, Guidance, Parts
 
 
 class Generator(Protocol):
     """What sampling and finetuning need of a model; they are the same for every generator.
 
-    denoiser: the trainable network, called through `denoise`. latent_shape: (c, h, w).
+    denoiser: the trainable network, called through `denoise`. latent_shape: (c, h, w). encodings: prompt -> parts, what is
+    already known of prompts, so that the text encoders need not be in memory.
     """
 
     denoiser: nn.Module
     latent_shape: tuple[int, int, int]
+    encodings: dict[str, Parts]
 
     def schedule(self, steps: int) -> Schedule: ...
 
-    def condition(self, rows: list[dict], guidance: float, negative: str = "") -> Condition:
+    def remember(self, prompts: list[str]) -> None:
+        """Encode what is not in `encodings` yet."""
+        ...
+
+    def condition(self, rows: list[dict], guidance: Guidance, negative: str = "") -> Condition:
         """One row each, on the generator's device."""
         ...
 
-    def denoise(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor: ...
+    def denoise(self, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor: ...
 
-    def decode(self, x_0: Tensor) -> Any:
-        """(b, h, w, 3) uint8 array of pictures."""
+    def decode(self, x_0: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(b, h, w, 3) uint8 pictures, and whether each is made of numbers, (b,) bool."""
+        ...
+
+    def let_go(self, *parts: str) -> None:
+        """Drop "text", "vae" or "denoiser" from memory until it is used again."""
         ...
 
     def save_adapter(self, folder: Any) -> None:
         """Write the denoiser's LoRA so that stock diffusers loads it."""
         ...
-

@@ -1,0 +1,32 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size as micro-conditioning."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
+from fashiondpo_pipeline.sampling import Parts
+
+
+class StableDiffusionXL(DiffusersModel):
+    """Podell et al. 2023 (2307.01952). Parts: tokens (b, n, d), pooled (b, d)."""
+
+    pipeline = "StableDiffusionXLPipeline"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+    def encode(self, prompt: str) -> Parts:
+        tokens, _, pooled, _ = self.text.encode_prompt(prompt, None, self.device, 1, False)
+        return {"tokens": tokens[0], "pooled": pooled[0]}
+
+    def empty(self) -> Parts | None:
+        """Zeros, as the model was trained without a prompt and diffusers draws without a negative one."""
+        if not self.source.index.get("force_zeros_for_empty_prompt", True):
+            return None
+        return {name: torch.zeros_like(part) for name, part in self.encode("").items()}
+
+    def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        height, width = (side * self.vae_factor for side in x_t.shape[-2:])
+        sizes = x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), -1)  # original, crop's corner, target
+        added = {"text_embeds": parts["pooled"], "time_ids": sizes}
+        return denoiser(x_t, t, parts["tokens"], added_cond_kwargs=added, return_dict=False)[0]

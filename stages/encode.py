@@ -1,0 +1,33 @@
+"""prompts -> a table of what the text encoders make of them; afterwards no stage has a text encoder in memory."""
+
+import time
+
+from fashiondpo_pipeline import encodings
+from fashiondpo_pipeline.sampling import Guidance
+from fashiondpo_pipeline.workspace import Output, Step
+
+A_SHARD = 64  # prompts a file: some 160 MB for SD 3, whose T5 gives 2.6 MB a prompt
+
+
+def run(session, step: Step, out: Output) -> None:
+    generator = session.generator()
+    asked = {row["prompt"] for split in session.prompts.values() for row in split.rows}
+    prompts = sorted(asked | {step.config["negative"], ""})  # the empty one stands for no prompt at all
+    shards = {i: prompts[start : start + A_SHARD] for i, start in enumerate(range(0, len(prompts), A_SHARD))}
+    for shard, some in session.track(session.processes.mine(list(shards.items())), "encode prompts", len(shards)):
+        if out.has(shard):
+            continue
+        started = time.monotonic()
+        generator.encodings.clear()
+        generator.remember(some)
+        out.write(shard, time.monotonic() - started, prompts=encodings.to_table(generator.encodings))
+    generator.encodings.clear()
+    generator.let_go("text")
+    session.wait()
+    if session.first:
+        out.finish({"prompts": len(prompts)})
+
+
+def guidance_of(config: dict) -> Guidance:
+    """The guidance in a sample step's claim."""
+    return Guidance(config["guidance"], tuple(config["guidance_interval"]), config["guidance_rescale"])

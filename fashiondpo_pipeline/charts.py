@@ -46,8 +46,10 @@ class Points:
     hollow: bool = False
 
 
-def intervals(lines: Sequence[Points], *, y: str, about: str, level: float | None = None) -> Markup:
-    """Curves over rounds with an interval bar at each point; `level` is where nothing has changed."""
+def intervals(
+    lines: Sequence[Points], *, y: str, about: str, level: float | None = None, x: str = "round", falling: bool = False
+) -> Markup:
+    """Curves with an interval bar at each point; `level` is where nothing has changed. falling: x runs from high to low."""
 
     def draw(axes: Axes) -> None:
         if level is not None:
@@ -59,8 +61,10 @@ def intervals(lines: Sequence[Points], *, y: str, about: str, level: float | Non
             axes.plot(line.x, line.y, color=colour, linewidth=1.4, marker="o", markersize=4.5, **face)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(False, axis="x")
+        if falling:
+            axes.invert_xaxis()
 
-    return _svg(draw, "round", y, about)
+    return _svg(draw, x, y, about)
 
 
 def outlines(values: Sequence[tuple[str, np.ndarray]], *, x: str, y: str, about: str) -> Markup:

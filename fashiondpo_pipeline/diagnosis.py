@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fashiondpo_pipeline.statistics import percent
 
@@ -59,12 +60,18 @@ def of_training(steps: pa.Table, columns: pa.Table | None, knobs: Mapping, walk:
     steps: the table of optimiser steps. columns: of saved steps (or draws) over the last epoch, None in runs that lack it.
     knobs: the section `finetune`. walk: how many steps a picture was drawn in, which `finetune.window` is a share of.
     """
-    training = _Training(steps, columns, knobs, walk)
-    broken = _not_finite(training)
+    broken = _not_finite(steps)
     if broken:
         return broken  # every other figure is made of these
+    training = _Training(_with_pairs(steps), None if columns is None else _with_pairs(columns), knobs, walk)
+    if not len(training.steps):
+        return []  # an objective without pairs has none of these figures
     checks = (_errors_rise, _chance, _flat, _saturated, _ratio_clipped, _gradient, _silent_columns, _plateau)
     return worst_first([finding for check in checks for finding in check(training)])
+
+
+def _with_pairs(table: pa.Table) -> pa.Table:
+    return table.filter(pc.greater(table["pairs"], 0))
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,9 @@ class _Training:
 
     @cached_property
     def has_errors(self) -> bool:
-        return bool(np.isfinite(self.curve("winner_error")).all() and np.isfinite(self.curve("loser_error")).all())
+        """Whether training is on errors; a table of log-probabilities has none, or zeros."""
+        errors = np.concatenate([self.curve("winner_error"), self.curve("loser_error")])
+        return bool(np.isfinite(errors).all() and errors.any())
 
 
 def interval(share: float, count: float, z: float = Z) -> tuple[float, float]:
@@ -148,11 +157,11 @@ def interval(share: float, count: float, z: float = Z) -> tuple[float, float]:
     return middle - reach, middle + reach
 
 
-def _not_finite(training: _Training) -> list[Finding]:
-    lost = np.flatnonzero(~np.isfinite(training.curve("loss")))
+def _not_finite(steps: pa.Table) -> list[Finding]:
+    lost = np.flatnonzero(~np.isfinite(steps["loss"].to_numpy()))
     if not len(lost):
         return []
-    what = f"the loss is not a number from optimiser step {lost[0]} on ({len(lost):,} of {len(training.steps):,} steps)"
+    what = f"the loss is not a number from optimiser step {lost[0]} on ({len(lost):,} of {len(steps):,} steps)"
     return [Finding("alarm", what, "lower finetune.learning_rate or finetune.beta, or set finetune.precision: no")]
 
 
@@ -162,8 +171,7 @@ def _errors_rise(training: _Training) -> list[Finding]:
         return []
     guard = training.knobs.get("guard")
     first = "turn the guard on (finetune.guard: 0.9), " if guard is None else f"raise finetune.guard ({guard:g} now), "
-    guards = training.has_errors and training.knobs.get("objective") != "step_dpo"  # the guard weighs errors alone
-    advice = f"{first if guards else ''}raise finetune.beta or lower finetune.learning_rate"
+    advice = f"{first if training.has_errors else ''}raise finetune.beta or lower finetune.learning_rate"
     if loser_often and loser > TELLING * winner:
         what = (f"the errors of winners and losers both rise, by {winner:.2g} and {loser:.2g}" if training.has_errors else
                 f"winners and losers both become less likely than under the reference, by {winner:.2g} and {loser:.2g}")

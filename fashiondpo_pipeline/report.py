@@ -5,6 +5,7 @@ Nothing here reads a disk or loads a model: `stages/report.py` gathers a `Record
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,17 +17,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from fashiondpo_pipeline import charts, preferences, statistics
+from fashiondpo_pipeline import charts, diagnosis, preferences, statistics
 from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Points
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.config import Config
+from fashiondpo_pipeline.diagnosis import Finding
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.grid import Chooser, Grid
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.seeds import key
 
 DIVERSITY_FLOOR = 0.9  # of the base's
-DRIFT = 0.5  # of a meter's standard deviation over the base's pictures
 MISSING = 0.02  # share of pictures without a score
 FEW_PROMPTS = 20  # below, an interval over prompts says little
 THUMBNAIL, PIXELS = 256, 96  # longest side in the page; up to PIXELS a picture is shown as the pixels it has
@@ -56,6 +57,9 @@ class Round:
     pairs: pa.Table
     pair_numbers: dict
     steps: pa.Table
+    columns: pa.Table | None  # accuracy by saved step; None in runs that lack it
+    knobs: dict  # the section `finetune` as it was
+    walk: int  # how many steps a candidate was drawn in
 
     @cached_property
     def chooser(self) -> Chooser:
@@ -70,6 +74,11 @@ class Round:
         winner, loser = (self.pairs[role].to_numpy() for role in ("winner", "loser"))
         return {name: normal[rows, winner] - normal[rows, loser] for name, normal in everyone.normal.items()}
 
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What this round's finetuning gives cause to say, gravest first."""
+        return diagnosis.of_training(self.steps, self.columns, self.knobs, self.walk)
+
     @property
     def rewarded(self) -> dict[str, float]:
         return {name: weight for name, weight in self.rule.weights.items() if weight > 0}
@@ -77,13 +86,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Record:
-    """What the tables say of a run. spread: each meter's standard deviation over the base's pictures."""
+    """What the tables say of a run."""
 
     config: Config
     base: Grid
     rounds: list[Round]
     missing: list[Missing]
-    spread: dict[str, float]
 
     @property
     def last(self) -> Round:
@@ -203,6 +211,16 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
 
 
+def _set(text: str) -> str:
+    """A sentence as the page sets it: true minus signs, an interval on one line.
+
+    >>> _set("by -1.5, 70.0 % [60.0, 80.0]") == f"by {MINUS}1.5, 70.0{UNBROKEN}%{UNBROKEN}[60.0,{UNBROKEN}80.0]"
+    True
+    """
+    text = re.sub(r"(?<![\w.])-(?=\d)", MINUS, text)
+    return re.sub(r"\d %( \[[^]]*\])?", lambda found: found[0].replace(" ", UNBROKEN), text)
+
+
 def _capital(text: str) -> str:
     """A sentence's start; the rest as it is, for names may be in capitals."""
     return text[:1].upper() + text[1:]
@@ -242,6 +260,11 @@ def diversity_ratio(done: Round) -> float | None:
     return found["after"] / found["base"] if found["after"] is not None and found["base"] else None
 
 
+def round_to_keep(record: Record) -> str:
+    """Which round to keep, as a sentence."""
+    return _set(diagnosis.best_in_words({r.number: r.numbers for r in record.rounds}, record.judge, record.config.evaluate.drift))
+
+
 def what_was_rewarded(record: Record) -> str:
     """Which experts the pairs were made from, and which only looked on."""
     rewarded = record.last.rewarded
@@ -254,10 +277,25 @@ def what_was_rewarded(record: Record) -> str:
 # -- what looks off
 
 
+def alarms(record: Record) -> dict[int, list[str]]:
+    """Each round's alarms as sentences, of its finetuning and of its pictures; only the rounds that have any."""
+    found = {}
+    for r in record.rounds:
+        training = [f"round {r.number}: {finding.sentence}" for finding in r.findings if finding.level == "alarm"]
+        pictures = [finding.sentence for finding in diagnosis.of_round(r.number, r.numbers, record.config.evaluate.drift)]
+        found[r.number] = [_set(_capital(sentence)) + "." for sentence in training + pictures]
+    return {number: sentences for number, sentences in found.items() if sentences}
+
+
+def described(finding: Finding) -> str:
+    """A finding as a sentence of its own."""
+    return _set(_capital(finding.sentence)) + "."
+
+
 def warnings(record: Record) -> list[str]:
     """Everything that looks off, in plain words; empty where nothing does."""
-    checks = (_control, _judge_is_rewarded, _reward_without_gain, _step_back, _narrower, _drift, _pairs_against_watched,
-              _pushed_down, _silence, _groups_without, _few_prompts)
+    checks = (_control, _judge_is_rewarded, _reward_without_gain, _step_back, _narrower, _pairs_against_watched, _training,
+              _silence, _groups_without, _few_prompts)
     return [sentence for check in checks for sentence in check(record)]
 
 
@@ -280,6 +318,8 @@ def _reward_without_gain(record: Record) -> list[str]:
         return []
     finds = "prefers the base" if rate["high"] < 0.5 else "cannot tell it from the base"
     rose = [name for name in record.last.rewarded if numbers["experts"][name]["against_base"]["low"] > 0.5]
+    if rose and rate["high"] < 0.5 and not numbers["judge_rewarded"]:
+        return []  # an alarm says it
     if not rose or numbers["judge_rewarded"]:
         return [f"{_capital(judge)} {finds}: the tuned model's picture wins in {percent(rate)}."]
     return [f"{_listed(rose)}, which was rewarded, rose; {judge}, which only watched, {finds} ({percent(rate)}). "
@@ -300,25 +340,6 @@ def _narrower(record: Record) -> list[str]:
             "have become alike. Fewer epochs, a higher finetune.beta or a lower finetune.learning_rate hold it."]
 
 
-def _drift(record: Record) -> list[str]:
-    meters = record.last.numbers["meters"]
-    far = [f"{name} by {signed(shift)} ({figure(meters[name]['base'], 3)} to {figure(meters[name]['after'], 3)})"
-           for name, shift in drift(record).items() if shift is not None and abs(shift) > DRIFT]
-    if not far:
-        return []
-    return [f"Pictures drifted, in standard deviations of the base's pictures: {_listed(far)}. Was that asked for?"]
-
-
-def drift(record: Record) -> dict[str, float | None]:
-    """How far each meter's mean moved from the base to the last round, in standard deviations of the base's pictures."""
-    found: dict[str, float | None] = {}
-    for name, values in record.last.numbers["meters"].items():
-        spread = record.spread[name]
-        known = values["base"] is not None and values["after"] is not None and spread > 0
-        found[name] = (values["after"] - values["base"]) / spread if known else None
-    return found
-
-
 def _pairs_against_watched(record: Record) -> list[str]:
     last = record.last
     watched = {name: share for name, share in sides_with_pairs(last).items() if name not in last.rewarded}
@@ -336,13 +357,14 @@ def sides_with_pairs(done: Round) -> dict[str, float]:
     return found
 
 
-def _pushed_down(record: Record) -> list[str]:
-    shares = {r.number: float((r.steps["winner"].to_numpy()[1:] < 0).mean()) for r in record.rounds if len(r.steps) > 1}
-    falling = [f"{100 * share:.0f} % of round {number}'s optimiser steps" for number, share in shares.items() if share > 0.5]
-    if not falling:
-        return []
-    return [f"In {_listed(falling)} even the winners were less likely than under the reference: the loss falls because losers "
-            "fall further. Raise finetune.beta or lower finetune.learning_rate."]
+def _training(record: Record) -> list[str]:
+    """The last round's warnings in full; the others' stand with their curves."""
+    last = [finding for finding in record.last.findings if finding.level == "warning"]
+    found = [_set(f"Finetuning of round {record.last.number}: {finding.sentence}.") for finding in last]
+    others = [str(r.number) for r in record.rounds[:-1] if any(finding.level == "warning" for finding in r.findings)]
+    if others:
+        found.append(f"Finetuning of round{'s' if len(others) > 1 else ''} {_listed(others)} gave warnings too; see Finetuning below.")
+    return found
 
 
 def _silence(record: Record) -> list[str]:
@@ -548,9 +570,10 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
         return [r.steps[name].to_numpy().astype(float) for r in record.rounds]
 
     limit = record.config.finetune.max_grad_norm
+    from_ln_2 = abs(parts("loss")[0][0] - np.log(2)) < 0.01  # other objectives start elsewhere
     return [
-        ("Loss. Dashed: ln 2, where the policy is its reference.",
-         charts.traces([("ink", parts("loss"))], y="loss", level=float(np.log(2)), about="Loss by optimiser step")),
+        ("Loss." + (" Dashed: ln 2, where the policy is its reference." if from_ln_2 else ""),
+         charts.traces([("ink", parts("loss"))], y="loss", level=float(np.log(2)) if from_ln_2 else None, about="Loss by optimiser step")),
         ("Share of pairs ordered as the reward orders them, ties one half.",
          charts.traces([("ink", [100 * part for part in parts("accuracy")])], y="accuracy, %", level=50.0,
                        about="Accuracy by optimiser step")),
@@ -560,6 +583,24 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
         (f"Norm of the gradient before clipping at {limit:g} (dashed).",
          charts.traces([("ink", parts("grad_norm"))], y="gradient norm", level=limit, about="Gradient norm by optimiser step")),
     ]
+
+
+def columns_chart(record: Record) -> Markup | None:
+    """Accuracy at each saved step over the last epoch with its interval, a line a round; None where no round has the table."""
+    colours, lines = round_colours(record), []
+    for done in record.shown:
+        if done.columns is None:
+            continue
+        table = done.columns.filter(pc.greater(done.columns["pairs"], 0)).sort_by([("timestep", "descending")])
+        if not len(table):
+            continue
+        share, pairs = (table[name].to_numpy().astype(float) for name in ("accuracy", "pairs"))
+        low, high = 100 * np.array([diagnosis.interval(*place) for place in zip(share, pairs, strict=True)]).T
+        lines.append(Points(colours[done.number], table["timestep"].to_numpy(), 100 * share, low, high))
+    if not lines:
+        return None
+    return charts.intervals(lines, x="timestep, from noise to picture", y="accuracy, %", level=50.0, falling=True,
+                            about="Accuracy by timestep over the last epoch, by round")
 
 
 def agreement(done: Round) -> tuple[list[str], list[list[float]]]:

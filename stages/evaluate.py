@@ -37,14 +37,18 @@ def run(session, step: Step, out: Output) -> None:
         for name in opinions["after"]
     }
     meters = {role: _meters(out, role) for role in ("base", "after")}
+    diversity = {role: _diversity(out, role) for role in ("base", "before", "after")}
     out.write(0, meters=meters["after"])
     out.finish({
         "judge": judge, "judge_rewarded": knobs["weights"].get(judge, 0) > 0 or judge == "mix",
         "pictures": int(np.isfinite(opinions["after"][judge]).sum()), "prompts": len(grids["after"].groups),
         "interval": knobs["interval"],
         "against_base": versus(judge, "base"), "against_previous": versus(judge, "before"),
-        "experts": experts, "diversity": {role: _diversity(out, role) for role in ("base", "before", "after")},
+        "experts": experts,
+        # what a mean has moved by is told in the base's own spread: of its prompts' diversity, of its pictures' meters
+        "diversity": {role: _mean(each) for role, each in diversity.items()} | {"spread": _spread(diversity["base"])},
         "meters": {name: {role: _mean(table[name].to_numpy()) for role, table in meters.items()}
+                   | {"spread": _spread(meters["base"][name].to_numpy())}
                    for name in ("brightness", "contrast", "saturation", "sharpness")},
         "pairs": out.input("pair").manifest["numbers"]["pairs"],
     })
@@ -67,18 +71,23 @@ def _mean(values: np.ndarray) -> float | None:
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
-def _diversity(out: Output, role: str) -> float | None:
-    """Within-prompt diversity in the first CLIP tower; None where no expert has one."""
+def _spread(values: np.ndarray) -> float | None:
+    """Standard deviation of the known values; None where there is none."""
+    return float(np.nanstd(values)) if np.isfinite(values).any() else None
+
+
+def _diversity(out: Output, role: str) -> np.ndarray:
+    """Diversity of each prompt's pictures in the first CLIP tower, (g,); nothing where no expert has one."""
     if f"{role}-embed-0" not in out.inputs:
-        return None
+        return np.zeros(0)
     table = out.input(f"{role}-embed-0").table("embeddings").sort_by([("group", "ascending"), ("candidate", "ascending")])
     broken = set(table.filter(table["embedding"].is_null())["group"].to_pylist())  # groups with a picture that cannot be read
     table = table.filter([group not in broken for group in table["group"].to_pylist()])
     if not len(table):
-        return None
+        return np.zeros(0)
     vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    found = statistics.diversity(vectors.reshape(len(set(table["group"].to_pylist())), -1, vectors.shape[1]).astype(np.float64))
-    return found if found == found else None
+    groups = vectors.reshape(len(set(table["group"].to_pylist())), -1, vectors.shape[1]).astype(np.float64)  # (g, k, d)
+    return np.array([statistics.diversity(group[None]) for group in groups])
 
 
 def _meters(out: Output, role: str) -> pa.Table:

@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,10 +14,7 @@ from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.report import Missing, Pictures, Record, Round, thumbnail
 from fashiondpo_pipeline.workspace import Output, Step, replace_text, write_json
 from stages import STAGES, Chain, Session
-from stages.evaluate import measure
 from stages.naming import command_for
-
-METERED = 200  # pictures of the base that tell how much a meter varies: each has to be decoded
 
 
 def write(session: Session, chain: Chain) -> Path:
@@ -40,19 +36,19 @@ def read(session: Session, chain: Chain) -> Record:
     return Record(
         session.config, _grid(session, base.held_out, base.held_out_scores), [_round(session, r) for r in rounds],
         [missing for step in chain.steps if step.stage == "score" for missing in _missing(session.output(step), step)],
-        _spread(session.output(base.held_out)),
     )
 
 
 def _round(session: Session, r) -> Round:
-    pair = session.output(r.pair)
+    pair, finetune = session.output(r.pair), session.output(r.finetune)
     rule = {name: value for name, value in r.pair.config.items() if name != "seed"}
     columns = ["group", "winner", "loser", "winner_score", "loser_score", "margin"]
     return Round(
         r.number, session.output(r.evaluate).manifest["numbers"],
         _grid(session, r.held_out, r.held_out_scores), _grid(session, r.sample, r.scores),
         Rule(**rule), pair.table("pairs", columns).combine_chunks(), pair.manifest["numbers"],
-        session.output(r.finetune).table("steps"),
+        finetune.table("steps"), finetune.table("columns") if finetune.shards("columns") else None,
+        r.finetune.config, r.sample.config["steps"],
     )
 
 
@@ -69,15 +65,6 @@ def _missing(out: Output, step: Step) -> list[Missing]:
     by = f"round {step.round}" if step.round else "the base"
     where = f"held-out pictures of {by}" if step.name.startswith("held-out") else f"candidates of {by}"
     return [Missing(step.args["expert"], where, count, count + known, reasons.most_common(1)[0][0])]
-
-
-def _spread(base: Output) -> dict[str, float]:
-    """Each meter's standard deviation over the base's held-out pictures, an even choice of them where there are many."""
-    keys = base.table("candidates", ["group", "candidate"]).to_pylist()
-    wanted = {(keys[i]["group"], keys[i]["candidate"]) for i in report.spaced(len(keys), METERED)}
-    names = ("brightness", "contrast", "saturation", "sharpness")
-    values = [measure(data, "/".join(map(str, place))) for place, (data, _) in _read_pictures(base, wanted).items()]
-    return dict(zip(names, np.nanstd(values, axis=0).tolist(), strict=True))
 
 
 # -- pictures

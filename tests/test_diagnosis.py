@@ -86,9 +86,20 @@ def test_a_winner_whose_error_rises_calls_for_the_guard():
     assert "raise finetune.guard (0.8 now)" in guarded[1]
 
 
-def test_the_guard_is_not_advised_where_it_has_no_errors_to_weigh():
-    _, sentence = the_one(table(winner_error=late(0.031), loser_error=late(-0.01)), objective="step_dpo")
-    assert sentence == "the winner's own error rises by 0.031: raise finetune.beta or lower finetune.learning_rate"
+def test_a_table_without_errors_speaks_of_likelihood_and_not_of_the_guard():
+    _, sentence = the_one(table(winner=late(-0.031), loser=late(0.01), winner_error=0.0, loser_error=0.0))
+    assert sentence == ("winners themselves become less likely than under the reference, by 0.031: "
+                        "raise finetune.beta or lower finetune.learning_rate")
+
+
+def test_steps_and_columns_without_a_pair_do_not_count():
+    odd = np.arange(40) % 2 == 1
+    holes = table(pairs=np.where(odd, 100, 0), accuracy=np.where(odd, 0.9, np.nan), margin=np.where(odd, 1.0, np.nan))
+    assert told(holes) == []
+    assert told(table(pairs=0, accuracy=np.nan, margin=np.nan)) == []
+    columns = by_step([0.9, math.nan, 0.5], [0, 1, 2], [900.0, 500.0, 100.0])
+    columns = columns.set_column(2, "pairs", pa.array([1000, 0, 1000]))
+    assert "1 of 2 saved steps" in the_one(table(), columns, 3)[1]
 
 
 def test_both_errors_rising_is_said_as_such():

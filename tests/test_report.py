@@ -21,7 +21,8 @@ from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds
 from fashiondpo_pipeline.report import Missing, Record
 from fashiondpo_pipeline.workspace import Step
 from stages import Session
-from stages.report import read, write
+from stages.evaluate import measure
+from stages.report import _made, _pictures, read, write
 
 EVIL = "<script>alert(1)</script> & a hat"
 TOWER = {"use": "clip_text", "options": {"model": "ViT-B-32", "pretrained": "nowhere"}}
@@ -284,12 +285,10 @@ def test_nothing_looks_off_where_nothing_does(record):
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
-        ({"against_base": rate(*DOWN)}, "clip, which was rewarded, rose; the judge, which only watched, prefers the base"),
         ({"against_base": rate(*OPEN)}, "the judge, which only watched, cannot tell it from the base (52.0 % [45.0, 60.0])"),
         ({"against_previous": rate(*DOWN)}, "Round 2 lost to round 1: 30.0 % [20.0, 40.0]. Round 1 may be the one to keep."),
         ({"judge_rewarded": True}, "The judge is itself what was rewarded"),
-        ({"diversity": {"base": 0.5, "before": 0.5, "after": 0.4}}, "Diversity within a prompt fell to 0.80 of the base's"),
-        ({"meters": {"brightness": {"base": 0.2, "after": 0.9}}}, "deviations of the base's pictures: brightness by +"),
+        ({"diversity": {"base": 0.5, "before": 0.5, "after": 0.4, "spread": 0.3}}, "Diversity within a prompt fell to 0.80 of the base's"),
         ({"prompts": 6}, "Only 6 held-out prompts: an interval over so few says little."),
     ],
 )
@@ -305,10 +304,17 @@ def fine(record: Record, **last) -> Record:
     return replace(found, rounds=[*found.rounds[:-1], replace(found.last, **last)])
 
 
-def test_falling_winners_are_warned_of(record):
-    steps = pa.table({"winner": [0.0, -0.1, -0.2, 0.1]})
-    (warning,) = report.warnings(fine(record, steps=steps))
-    assert warning.startswith("In 67 % of round 2's optimiser steps even the winners were less likely than under the reference")
+def test_what_finetuning_warns_of_is_told_of_the_last_round_and_named_of_others(record):
+    falls = {"winner": pa.array(np.full(12, -0.03)), "loser": pa.array(np.full(12, 0.01))}
+    steps = record.last.steps
+    for name, values in falls.items():
+        steps = steps.set_column(steps.column_names.index(name), name, values)
+    wrong = fine(record, steps=steps)
+    first = replace(wrong.rounds[0], steps=steps)
+    others, = report.warnings(replace(wrong, rounds=[first, fine(record).last]))
+    assert others == "Finetuning of round 1 gave warnings too; see Finetuning below."
+    (warning,) = report.warnings(wrong)
+    assert warning.startswith("Finetuning of round 2: winners themselves become less likely than under the reference, by 0.03: raise")
 
 
 def test_many_missing_scores_are_warned_of_and_few_are_not(record):
@@ -330,6 +336,112 @@ def test_control_labels_are_warned_of_and_a_watched_expert_that_dislikes_the_pai
     control, dislikes = report.warnings(fine(record, pairs=swapped, rule=replace(record.last.rule, labels="swapped")))
     assert control.startswith("This is a control experiment: the pairs' labels are swapped")
     assert dislikes.startswith("judge, which only watched, would have ordered most of round 2's pairs the other way round")
+
+
+# -- alarms
+
+
+def gamed(record: Record, number: int = 2, **numbers) -> Record:
+    """A record whose round `number` pleases its reward alone."""
+    index = number - 1
+    odd = record.rounds[index].numbers | {"experts": experts(record, clip=UP, taste=OPEN, judge=DOWN), "against_base": rate(*DOWN)} | numbers
+    return replace(record, rounds=[*record.rounds[:index], replace(record.rounds[index], numbers=odd), *record.rounds[index + 1 :]])
+
+
+def calm(record: Record) -> Record:
+    """A record in which no round raises an alarm."""
+    return replace(record, rounds=[replace(r, numbers=r.numbers | {"meters": {}}) for r in record.rounds])
+
+
+def rendered(session: Session, record: Record) -> str:
+    chain = session.chain(len(record.rounds))
+    return report.render(record=record, report=report, made=_made(session, chain), **_pictures(session, chain, record))
+
+
+def test_a_round_that_games_its_reward_is_an_alarm_and_no_second_caution(record):
+    odd = gamed(calm(record))
+    ((number, (alarm,)),) = report.alarms(odd).items()
+    assert number == 2
+    start = "Round 2: what is rewarded rose over the base (clip 70.0 % [60.0, 80.0]) while what only watches fell (judge"
+    assert alarm.replace("\u00a0", " ").startswith(start)
+    assert not any("prefers the base" in sentence for sentence in report.warnings(odd))
+    assert report.alarms(calm(record)) == {}
+
+
+def test_a_loss_that_is_not_a_number_is_an_alarm_of_its_round(record):
+    steps = record.rounds[0].steps
+    lost = steps.set_column(steps.column_names.index("loss"), "loss", pa.array(np.full(12, np.nan)))
+    odd = replace(calm(record), rounds=[replace(calm(record).rounds[0], steps=lost), calm(record).last])
+    assert report.alarms(odd)[1][0].startswith("Round 1: the loss is not a number from optimiser step 0 on (12 of 12 steps): lower")
+
+
+def test_alarms_stand_on_top_of_the_page_in_words_and_not_in_colour_alone(session, record):
+    page = rendered(session, gamed(gamed(calm(record)), 1))
+    top = page[: page.index("<nav>")]
+    assert top.index("<h2>Alarms</h2>") < top.index("<h2>What looks off</h2>")
+    assert top.count('<span class="level alarm"><span aria-hidden="true">✖</span> alarm</span>') == 2
+    assert "<summary>Round 1: 1 alarm</summary>" in top
+    assert "<h2>Alarms</h2>" not in rendered(session, calm(record))
+
+
+def test_an_alarm_of_an_earlier_round_says_that_the_last_raised_none(session, record):
+    assert "Round 2 raised none; earlier rounds did." in rendered(session, gamed(calm(record), 1))
+
+
+def test_page_says_which_round_to_keep(session, record):
+    def plain(record):
+        return rendered(session, record).replace("\u00a0", " ")
+
+    better = changed(calm(record), experts=experts(record, clip=UP, taste=UP, judge=(0.99, 0.98, 1.0)))
+    assert "Round 2 is the one to keep: judge prefers it to the base in 99.0 % [98.0, 100.0]." in plain(better)
+    assert "Round 1 is the one to keep" in plain(gamed(better))
+
+
+def test_drift_is_told_in_the_spread_of_the_base_that_evaluate_measured(session, record):
+    table = pa.concat_tables([session.output(session.chain(2).rounds[0].held_out).table("candidates")])
+    brightness = [measure(row["bytes"], "here")[0] for row in table["picture"].to_pylist()]
+    found = record.last.numbers["meters"]["brightness"]
+    assert found["spread"] == pytest.approx(np.std(brightness), rel=1e-5)
+    assert found["base"] == pytest.approx(np.mean(brightness), rel=1e-5)
+    assert record.last.numbers["diversity"]["spread"] == pytest.approx(0, abs=1e-6)  # all prompts' pictures lie alike in the made-up tower
+
+
+# -- findings and the walk
+
+
+def walk_table(accuracy) -> pa.Table:
+    return pa.table({"step": pa.array([0, 5, 9], pa.int16()), "timestep": pa.array([900.0, 400.0, 0.0], pa.float32()), "pairs": [500] * 3,
+                     "accuracy": pa.array(accuracy, pa.float32()), "margin": [0.1] * 3, "winner": [0.1] * 3, "loser": [0.0] * 3})
+
+
+def test_findings_of_a_round_stand_with_its_curves(session, record):
+    odd = replace(record, rounds=[replace(record.rounds[0], columns=walk_table([0.5, 0.8, 0.9])), record.last])
+    told = rendered(session, odd).partition('<section id="finetuning">')[2]
+    assert '<span class="level note"><span aria-hidden="true">●</span> note</span> 1 of 3 saved steps show no more than chance' in told
+    assert "finetune.window: [0.555, 1] leaves them out." in told
+    assert told.count("Nothing to remark") == 1
+
+
+def test_accuracy_by_timestep_is_drawn_where_there_is_a_table_of_it(session, record):
+    assert report.columns_chart(record) is None
+    assert "Where in the walk it learns" not in rendered(session, record)
+    found = replace(record, rounds=[record.rounds[0], replace(record.last, columns=walk_table([0.6, 0.8, 0.9]))])
+    empty = replace(record, rounds=[record.rounds[0], replace(record.last, columns=walk_table([0.6, 0.8, 0.9]).slice(0, 0))])
+    assert report.columns_chart(empty) is None
+    svg = report.columns_chart(found)
+    place = {label: float(x) for x, label in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>(\d+)</text>', svg)}
+    assert "timestep, from noise to picture" in svg and place["800"] < place["100"]
+    assert "Where in the walk it learns" in rendered(session, found)
+
+
+def test_a_table_of_steps_that_finetuning_left_is_read(tmp_path, monkeypatch):
+    def make(session, step, out):
+        out.write(1, columns=walk_table([0.6, 0.8, 0.9]))
+        make_finetune(session, step, out)
+
+    monkeypatch.setitem(MAKERS, "finetune", make)
+    session = finished(tmp_path, rounds=1)
+    assert read(session, session.chain(1)).last.columns["accuracy"].to_pylist() == pytest.approx([0.6, 0.8, 0.9])
 
 
 # -- charts

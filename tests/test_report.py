@@ -38,8 +38,10 @@ def finished(root: Path, seconds: float = 1.0, rounds: int = 2, judge: str | Non
     prompts = [{"prompt": EVIL, "split": "train"}, {"prompt": EVIL + "s", "split": "held-out"}]
     prompts += [{"prompt": f"a dress, number {i}", "split": "train" if i % 2 else "held-out"} for i in range(6)]
     (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    (root / "model").mkdir(exist_ok=True)
+    (root / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     values = {
-        "rounds": rounds, "generator": {"model": "a-name/of-a-model"}, "prompts": {"file": str(root / "prompts.jsonl")},
+        "rounds": rounds, "generator": {"model": str(root / "model")}, "prompts": {"file": str(root / "prompts.jsonl")},
         "experts": {"clip": TOWER if tower else BRIGHT, "taste": BRIGHT, "judge": BRIGHT},
         "pair": {"weights": {"clip": 0.7, "taste": 0.3}, "margin": 0.1},
         "sample": {"candidates": 4}, "evaluate": {"judge": judge, "pictures": 3, "bootstrap": 200},
@@ -61,6 +63,10 @@ def places(session: Session, sample: Step) -> list[tuple[dict, int, float]]:
     keys = [(row, i) for row in rows for i in range(sample.config["candidates"])]
     luck = [np.random.default_rng(seeds.key(sample.config["stream"], row["group"], i)).normal(size=2) for row, i in keys]
     return [(row, i, a + sample.round * (0.4 + 0.3 * b)) for (row, i), (a, b) in zip(keys, luck, strict=True)]
+
+
+def make_encode(session, step, out):
+    out.finish()
 
 
 def make_sample(session, step, out):
@@ -98,7 +104,7 @@ def make_finetune(session, step, out):
     out.finish({"objective": "step_dpo", "trainable": 1234, "steps": 12})
 
 
-MAKERS = {"sample": make_sample, "embed": make_embed, "score": make_score, "finetune": make_finetune}
+MAKERS = {"encode": make_encode, "sample": make_sample, "embed": make_embed, "score": make_score, "finetune": make_finetune}
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,10 @@ def _without_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _translated(file: Path, tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
     options = {"unet_config": _SGM} if family in ("sd", "sdxl") else {}
     try:
+        if family == "sd3":  # whose loader knows no kohya names; those of CLIP are SDXL's
+            text = {name: tensor for name, tensor in tensors.items() if name.startswith("lora_te")}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in text}
+            tensors = _joint_names(tensors) | (FAMILIES["sdxl"].lora_state_dict(text)[0] if text else {})
         found = FAMILIES[family].lora_state_dict(dict(tensors), **options)
     except (ValueError, KeyError, AssertionError, IndexError) as problem:  # what diffusers' converters end in on unknown names or sizes
         reason = (str(problem).splitlines() or [type(problem).__name__])[0].strip().rstrip(":")
@@ -149,6 +153,42 @@ def _translated_scales(file: Path, scales: dict[str, Tensor], family: str) -> di
     named = _translated(file, ups | downs, family) if rows else {}
     ends = ".lora_B.weight"
     return plain | {name.removesuffix(ends) + ".dora_scale": scale for name, scale in named.items() if name.endswith(ends)}
+
+
+_JOINT_LAYERS = {
+    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block_attn_proj": ("attn.to_out.0",),
+    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block_attn2_proj": ("attn2.to_out.0",),
+    "x_block_mlp_fc1": ("ff.net.0.proj",),
+    "x_block_mlp_fc2": ("ff.net.2",),
+    "x_block_adaLN_modulation_1": ("norm1.linear",),
+    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block_attn_proj": ("attn.to_add_out",),
+    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+    "context_block_mlp_fc2": ("ff_context.net.2",),
+    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+}
+
+
+def _joint_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """kohya's names of SD3's blocks (Stability's own modules) as diffusers': query, key and value come apart, others keep their rows."""
+    named = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"lora_unet_joint_blocks_(\d+)_(.+)\.lora_(down|up)\.weight", name)
+        if not found or found[2] not in _JOINT_LAYERS:
+            named[name] = tensor
+            continue
+        modules = [f"transformer.transformer_blocks.{found[1]}.{module}" for module in _JOINT_LAYERS[found[2]]]
+        if found[3] == "down":
+            named |= {f"{module}.lora_A.weight": tensor for module in modules}
+            continue
+        rows = list(tensor.chunk(len(modules)))
+        width = tensors[name.replace(".lora_up.", ".lora_down.")].shape[-1]
+        if "context_block_adaLN" in name and len(tensor) == 2 * width:  # the last block's: shift, scale; diffusers: scale, shift
+            rows = [torch.cat(tensor.chunk(2)[::-1])]
+        named |= {f"{module}.lora_B.weight": part for module, part in zip(modules, rows, strict=True)}
+    return named
 
 
 def _scale(module: str, rank: int, notes: dict[str, Any]) -> float:

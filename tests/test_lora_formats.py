@@ -252,6 +252,33 @@ def test_flux_kohya_files_with_joined_queries_are_read(tiny_flux, tmp_path):
     torch.testing.assert_close(after, before + 2 * up @ down)
 
 
+def test_sd3_kohya_files_are_read(tiny_sd3, tmp_path):
+    """kohya trains Stability's modules: query, key and value in one matrix, the last block's context norm as shift, scale."""
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random)  # noqa: E731
+    stems = [f"lora_unet_joint_blocks_{name}" for name in ("0_context_block_attn_qkv", "1_x_block_mlp_fc1", "1_context_block_adaLN_modulation_1")]
+    downs, ups = [draw(2, 16) for _ in stems], [draw(48, 2), draw(64, 2), draw(32, 2)]
+    tensors = {f"{stem}.alpha": torch.tensor(4.0) for stem in stems}  # rank 2: scale 2
+    tensors |= {f"{stem}.lora_down.weight": down for stem, down in zip(stems, downs, strict=True)}
+    tensors |= {f"{stem}.lora_up.weight": up for stem, up in zip(stems, ups, strict=True)}
+    text = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors |= {f"{text}.lora_down.weight": draw(2, 16), f"{text}.lora_up.weight": draw(16, 2)}
+    save_file(tensors, tmp_path / "k.safetensors")
+    denoiser = denoiser_of(pipeline(tiny_sd3, "sd3"))
+    first, last = denoiser.transformer_blocks
+
+    def weights():
+        joint = torch.cat([first.attn.add_q_proj.weight, first.attn.add_k_proj.weight, first.attn.add_v_proj.weight])
+        return [joint, last.ff.net[0].proj.weight.clone(), last.norm1_context.linear.weight.clone()]
+
+    before = weights()
+    assert lora_formats.fuse(denoiser, tmp_path / "k.safetensors") == ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"]
+    sums = [2 * up @ down for up, down in zip(ups, downs, strict=True)]
+    sums[2] = torch.cat([sums[2][16:], sums[2][:16]])
+    for after, old, change in zip(weights(), before, sums, strict=True):
+        torch.testing.assert_close(after, old + change)
+
+
 def test_a_lora_of_another_base_is_refused_and_nothing_has_changed(tiny_sd, tiny_sdxl, tmp_path):
     file, _ = adapter(tiny_sdxl, "sdxl", tmp_path)
     denoiser = denoiser_of(pipeline(tiny_sd, "sd"))

@@ -82,7 +82,7 @@ def attach(denoiser: Denoiser, rank: int, alpha: float, targets: list[str] | str
         _free(denoiser)
         return
     if kind not in KINDS:
-        raise UserError(f"finetune.kind: there is no '{kind}'; use one of {', '.join([*KINDS, FULL])}")
+        raise UserError(f"finetune.adapter: there is no '{kind}'; use one of {', '.join([*KINDS, FULL])}")
     names = resolve_targets(denoiser, targets)
     modules = _modules(denoiser)
     idle = [name for name in names if not _matching(modules, [name])]
@@ -244,7 +244,7 @@ def check_shape(denoiser: Denoiser, rank: int, alpha: float, targets: list[str] 
     """Raises UserError if what a round goes on from is not what the configuration asks for."""
     found = attached(denoiser)
     if found != kind:
-        raise UserError(f"finetune.kind changed between rounds: the last adapter is '{found}', not '{kind}'; keep it for all rounds of a run")
+        raise UserError(f"finetune.adapter changed between rounds: the last one is '{found}', not '{kind}'; keep it for all rounds of a run")
     if kind == FULL:
         return
     config = denoiser.peft_config[POLICY]
@@ -284,3 +284,19 @@ def disabled(denoiser: Denoiser, really: bool = True) -> Iterator[None]:
     finally:
         for name, weight in denoiser.named_parameters():
             weight.data = trained[name]
+
+
+@contextmanager
+def scaled(denoiser: Denoiser, share: float) -> Iterator[None]:
+    """For a while, only a share of the LoRA's change over the base: base + share x (adapted - base), exactly, as the change is linear in B."""
+    if attached(denoiser) not in ("lora", "rslora"):
+        raise UserError("finetune.reference mix needs a plain LoRA (finetune.adapter: lora or rslora): the others' change cannot be divided")
+    ups = {name: weight for name, weight in denoiser.named_parameters() if "lora_B" in name}
+    whole = {name: weight.data for name, weight in ups.items()}
+    for name, weight in ups.items():
+        weight.data = whole[name] * share
+    try:
+        yield
+    finally:
+        for name, weight in ups.items():
+            weight.data = whole[name]

@@ -168,7 +168,7 @@ def test_a_preset_for_an_unknown_denoiser_is_refused(denoiser):
 
 
 def test_an_unknown_kind_is_refused(denoiser):
-    assert refused(attach, denoiser, kind="lokr") == "finetune.kind: there is no 'lokr'; use one of lora, rslora, dora, full"
+    assert refused(attach, denoiser, kind="lokr") == "finetune.adapter: there is no 'lokr'; use one of lora, rslora, dora, full"
 
 
 @pytest.mark.parametrize("kind, scale", [("lora", 2.0), ("rslora", 4.0)])
@@ -284,7 +284,7 @@ def test_another_shape_between_rounds_is_refused(denoiser):
 def test_another_kind_between_rounds_is_refused(denoiser):
     attach(denoiser, kind="rslora")
     assert refused(adapters.check_shape, denoiser, 4, 4.0, TARGETS, "dora") == (
-        "finetune.kind changed between rounds: the last adapter is 'rslora', not 'dora'; keep it for all rounds of a run"
+        "finetune.adapter changed between rounds: the last one is 'rslora', not 'dora'; keep it for all rounds of a run"
     )
     attach(denoiser, kind="full")
     adapters.check_shape(denoiser, 64, 1.0, "attention", "full")  # rank, alpha and targets say nothing of full fine-tuning
@@ -356,3 +356,23 @@ def test_a_full_denoiser_of_another_shape_is_refused(denoiser, tmp_path):
     message = refused(adapters.load, other, tmp_path)
     places = len(other.state_dict())
     assert message == f"{tmp_path / adapters.FULL_FILE} was made for another denoiser ({places} tensors, {places} places): use its own model"
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_a_scaled_adapter_lies_between_the_base_and_itself(denoiser, kind):
+    base, tuned = answer(denoiser), answer(trained(denoiser, kind=kind))
+    for share, wanted in ((0.0, base), (1.0, tuned)):
+        with adapters.scaled(denoiser, share):
+            assert torch.equal(answer(denoiser), wanted)
+    with pytest.raises(ZeroDivisionError), adapters.scaled(denoiser, 0.5):
+        1 / 0  # noqa: B018
+    assert torch.equal(answer(denoiser), tuned)
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_only_a_lora_can_be_scaled(denoiser, kind):
+    def half():
+        with adapters.scaled(attach(denoiser, kind=kind), 0.5):
+            pass
+
+    assert refused(half).startswith("finetune.reference mix needs a plain LoRA")

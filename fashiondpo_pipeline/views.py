@@ -1,7 +1,9 @@
-"""What `fdpo inspect` shows: Arrow tables of candidates beside scores, filtered and sorted; and the few shown rows as text."""
+"""What `fdpo inspect` shows: candidates beside scores, filtered and sorted by number; only rows that are asked for become a table."""
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import numpy as np
@@ -17,7 +19,7 @@ MISSING = pa.field("missing", pa.string(), metadata={"about": "which expert gave
 MIXED = pa.field("mixed", pa.float64(), metadata={"about": "mixed normalised score; NaN: a rewarded expert gave none"})
 RANK = pa.field("rank", pa.int16(), metadata={"about": "place within the group by the mix, from 1; ties share the better one"})
 _TAKEN = {*schemas.CANDIDATES.names, MISSING.name, MIXED.name, RANK.name}
-_HIDDEN = {"group", "prompt", "round", "guidance"}  # in the terminal, where the prompt stands for its key
+_HIDDEN = {"group", "prompt", "round", "guidance", "guidance_interval", "guidance_rescale"}  # in the terminal, where the prompt stands for its key
 _UNLESS_SAID = {"fault", "missing"}  # hidden where no shown row has one
 LETTERS = 48  # of a text, in the terminal
 
@@ -27,48 +29,85 @@ def column_of(expert: str) -> str:
     return f"score_{expert}" if expert in _TAKEN else expert
 
 
-def candidates(opinions: Opinions, kept: np.ndarray, experts: list[str]) -> pa.Table:
-    """The kept candidates with a column for each expert; in the order in which they were drawn."""
-    drawn = opinions.candidates if kept.all() else opinions.candidates.filter(pa.array(kept))
-    at = tuple(place[kept] for place in opinions.at)
-    return _table(drawn, _judged(opinions, at, experts))
+@dataclass(frozen=True)
+class Found:
+    """Which rows of a table were asked for, in which order; make(numbers, columns) is the table of some of them."""
+
+    names: list[str]
+    numbers: np.ndarray
+    total: int
+    make: Callable[[np.ndarray, list[str]], pa.Table]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def table(self, which: np.ndarray | slice = slice(None)) -> pa.Table:
+        """Some of the rows, by their places among those found."""
+        return self.make(self.numbers[which], self.names)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return self.make(self.numbers, [name])[name]
+
+    def ordered(self, sort: str) -> "Found":
+        """Sorted by `COLUMN` or `COLUMN:desc`, equal ones as they were, missing ones last. Raises UserError for another column."""
+        column, _, direction = sort.partition(":")
+        if column not in self.names:
+            raise UserError(f"--sort {sort}: no column '{column}'; {did_you_mean(column, self.names)}")
+        if direction not in ("", "asc", "desc"):
+            raise UserError(f"--sort {sort}: write {column} or {column}:desc")
+        key = [("", "descending" if direction == "desc" else "ascending")]
+        return replace(self, numbers=self.numbers[pc.sort_indices(self.column(column), key).to_numpy()])
 
 
-def scores(opinions: Opinions, kept: np.ndarray, experts: list[str]) -> pa.Table:
-    """The kept candidates' scores, mix and rank; groups in the order in which they were drawn, each from best to worst."""
-    order = np.flatnonzero(kept)
-    order = order[_best_first(opinions, tuple(place[order] for place in opinions.at))]
-    at = tuple(place[order] for place in opinions.at)
-    drawn = opinions.candidates.select(["group", "candidate", "prompt"]).take(pa.array(order))
-    ranks = opinions.ranks[at]
-    *judged, missing = _judged(opinions, at, experts)
-    return _table(drawn, [*judged, (MIXED, opinions.mixed[at]), (RANK, pa.array(ranks, mask=ranks == 0)), missing])
+def sayings(experts: list[str], ranked: bool) -> dict[str, pa.Field]:
+    """The columns that `said` can make: each expert's score, with `ranked` the mix and the rank, and why scores are missing."""
+    abouts = {column_of(name): f"what {name} says, higher is better; NaN: nothing" for name in experts}
+    found = {name: pa.field(name, pa.float64(), metadata={"about": about}) for name, about in abouts.items()}
+    return found | {field.name: field for field in ((MIXED, RANK, MISSING) if ranked else (MISSING,))}
 
 
-def _judged(opinions: Opinions, at: tuple, experts: list[str]) -> list[tuple[pa.Field, np.ndarray | pa.Array]]:
-    """(field, column) of each expert's score, and last of why scores are missing."""
-    found = [opinions.grid.scores[name][at] for name in experts]
-    about = [{"about": f"what {name} says, higher is better; NaN: nothing"} for name in experts]
-    fields = [pa.field(column_of(name), pa.float64(), metadata=text) for name, text in zip(experts, about, strict=True)]
-    silent = np.flatnonzero(np.isnan(found).any(axis=0)) if found else ()
+def said(opinions: Opinions, numbers: np.ndarray, experts: list[str], name: str) -> np.ndarray | pa.Array:
+    """One of those columns, of candidates by their numbers."""
+    at = tuple(place[numbers] for place in opinions.at)
+    if name == MIXED.name:
+        return opinions.mixed[at]
+    if name == RANK.name:
+        ranks = opinions.ranks[at]
+        return pa.array(ranks, mask=ranks == 0)
+    if name == MISSING.name:
+        return _reasons(opinions, at, experts)
+    return opinions.grid.scores[next(expert for expert in experts if column_of(expert) == name)][at]
+
+
+def silent(opinions: Opinions, numbers: np.ndarray, experts: list[str]) -> np.ndarray:
+    """Which candidates lack a score of any of the experts; a bool each."""
+    return _silent(opinions, tuple(place[numbers] for place in opinions.at), experts)
+
+
+def _silent(opinions: Opinions, at: tuple, experts: list[str]) -> np.ndarray:
+    return np.any([np.isnan(opinions.grid.scores[name][at]) for name in experts], axis=0) if experts else np.zeros(len(at[0]), bool)
+
+
+def _reasons(opinions: Opinions, at: tuple, experts: list[str]) -> pa.Array:
     reasons = np.full(len(at[0]), None)
-    for i in silent:
+    for i in np.flatnonzero(_silent(opinions, at, experts)):
         reasons[i] = opinions.silences[at[0][i], at[1][i]]
-    return [*zip(fields, found, strict=True), (MISSING, pa.array(reasons, pa.string()))]
+    return pa.array(reasons, pa.string())
 
 
-def _best_first(opinions: Opinions, at: tuple) -> np.ndarray:
-    """Order of candidates (row, column): groups as they first appear, then by rank, those without one last."""
-    rows, columns = at
+def best_first(opinions: Opinions, numbers: np.ndarray) -> np.ndarray:
+    """The same candidates: groups in the order in which they first appear, each from best to worst, those without a rank last."""
+    rows, columns = (place[numbers] for place in opinions.at)
     first = np.empty(opinions.shape[0], np.int64)
     first[rows[::-1]] = np.arange(len(rows))[::-1]  # the earliest is written last, and stays
-    ranks = opinions.ranks[at]
-    return np.lexsort((columns, np.where(ranks == 0, np.iinfo(np.int16).max, ranks), first[rows]))
+    ranks = opinions.ranks[rows, columns]
+    return numbers[np.lexsort((columns, np.where(ranks == 0, np.iinfo(np.int16).max, ranks), first[rows]))]
 
 
-def _table(drawn: pa.Table, more: list[tuple]) -> pa.Table:
-    fields = [*(schemas.CANDIDATES.field(name) for name in drawn.column_names), *(field for field, _ in more)]
-    return pa.table([*drawn.columns, *(column for _, column in more)], schema=pa.schema(fields))
+def table(drawn: pa.Table, more: dict[str, tuple[pa.Field, np.ndarray | pa.Array]], names: list[str]) -> pa.Table:
+    """Columns of `drawn`, rows of the candidates, and others, in the order of `names`."""
+    fields = [more[name][0] if name in more else schemas.CANDIDATES.field(name) for name in names]
+    return pa.table([more[name][1] if name in more else drawn[name] for name in names], schema=pa.schema(fields))
 
 
 def with_gap(pairs: pa.Table, opinions: Opinions, expert: str) -> pa.Table:
@@ -93,17 +132,16 @@ def _feature(kind: pa.DataType) -> dict:
     return {"dtype": "float64" if kind == pa.float64() else str(kind), "_type": "Value"}
 
 
-# -- order and filters
+def without_lists(rows: pa.Table) -> pa.Table:
+    """Lists as text, numbers with a blank between: a CSV has no lists."""
+    for place, field in enumerate(rows.schema):
+        if pa.types.is_list(field.type):
+            texts = [None if value is None else " ".join(map(str, value)) for value in rows.column(place).to_pylist()]
+            rows = rows.set_column(place, field.name, pa.array(texts, pa.string()))
+    return rows
 
-def ordered(rows: pa.Table, sort: str) -> pa.Table:
-    """Sorted by `COLUMN` or `COLUMN:desc`, equal ones as they were, missing ones last. Raises UserError for another column."""
-    column, _, direction = sort.partition(":")
-    if column not in rows.column_names:
-        raise UserError(f"--sort {sort}: no column '{column}'; {did_you_mean(column, rows.column_names)}")
-    if direction not in ("", "asc", "desc"):
-        raise UserError(f"--sort {sort}: write {column} or {column}:desc")
-    return rows.take(pc.sort_indices(rows, [(column, "descending" if direction == "desc" else "ascending")]))
 
+# -- filters
 
 def matching(prompts: dict[str, str], texts: tuple[str, ...]) -> list[str]:
     """Groups whose key or prompt holds any of the texts, whatever the case. Raises UserError for a text that none holds."""

@@ -240,6 +240,10 @@ class Output:
         rows = (info["rows"] for file, info in self.manifest["files"].items() if file.startswith(f"{name}-") and "rows" in info)
         return sum(rows)
 
+    def columns(self, name: str) -> list[str]:
+        """Names of a table's columns."""
+        return read_schema(self._files(name, None)[0]).names
+
     def _part(self, name: str, shard: int) -> Path:
         return self.parts / f"{name}-{shard:05d}.parquet"
 

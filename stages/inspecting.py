@@ -1,6 +1,6 @@
 """`fdpo inspect`: one table of one round to read in the terminal, to look at as a contact sheet, or to take away as a file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,15 +14,16 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.exchange import WRITERS
 from fashiondpo_pipeline.opinions import Opinions
 from fashiondpo_pipeline.preferences import Rule
-from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN
 from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.terminal import show, size, width
-from fashiondpo_pipeline.workspace import Step, replace_text
+from fashiondpo_pipeline.views import Found
+from fashiondpo_pipeline.workspace import Output, Step, replace_text
 from stages import Round, Session
 from stages.single import last, most_rounds, saved_pairs
 
 SHOWN = 20  # rows in the terminal, groups or pairs on a sheet, unless --limit says otherwise
 MOST_PICTURES = 5_000  # on one sheet: a browser must still open it
+AT_ONCE = 1_024  # pictures read before their bytes are counted
 MOST_BYTES = 2**31 - 1  # of pictures in memory at once, which is also what one Arrow column bears
 _SCORED = {"group", "expert", "min", "max", "missing", "held-out", "html"}
 TAKES: dict[str, set[str]] = {  # which options mean something for which table
@@ -53,14 +54,14 @@ class Question:
         low = -np.inf if self.least is None else self.least
         return (values >= low) & (values <= (np.inf if self.most is None else self.most))
 
-    def first(self, rows: pa.Table | pa.Array, default: int) -> pa.Table | pa.Array:
-        """As many rows as were asked for, 0 being all; of steps that nobody sorted, evenly from first to last."""
+    def first(self, count: int, default: int) -> np.ndarray:
+        """Which of so many rows: as many as were asked for, 0 being all; of steps that nobody sorted, evenly from first to last."""
         limit = default if self.limit is None else self.limit
-        if not limit or limit >= len(rows):
-            return rows
+        if not limit or limit >= count:
+            return np.arange(count)
         if self.table == "steps" and not self.sort:
-            return rows.take(np.linspace(0, len(rows) - 1, limit).round().astype(np.int64))
-        return rows.slice(0, limit)
+            return np.linspace(0, count - 1, limit).round().astype(np.int64)
+        return np.arange(limit)
 
 
 def run(session: Session, asked: Question, number: int | None, pairs: str | None, files: dict[str, Path]) -> None:
@@ -68,11 +69,11 @@ def run(session: Session, asked: Question, number: int | None, pairs: str | None
     _check(asked, files)
     shelf = Shelf(session, asked, *_place(session, asked, number, pairs))
     tables = {"candidates": shelf.candidates, "scores": shelf.scores, "pairs": shelf.pairs, "steps": shelf.steps}
-    rows, total = tables[asked.table]()
-    rows = views.ordered(rows, asked.sort) if asked.sort else rows
+    found = tables[asked.table]()
+    found = found.ordered(asked.sort) if asked.sort else found
     for kind, path in files.items():  # before printing, which a pager may cut short
-        session.say(f"wrote {path}: {_sheet(shelf, rows, path) if kind == 'html' else _export(shelf, rows, kind, path)}")
-    _print(shelf, rows, total)
+        session.say(f"wrote {path}: {_sheet(shelf, found, path) if kind == 'html' else _export(shelf, found, kind, path)}")
+    _print(shelf, found)
 
 
 def _check(asked: Question, files: dict[str, Path]) -> None:
@@ -155,43 +156,73 @@ class Shelf:
         return " · ".join(parts + ([f"pairs {self.round.pair.fingerprint}"] if self.asked.table == "pairs" else []))
 
     @cached_property
+    def out(self) -> Output:
+        """The candidates' folder."""
+        return self.session.output(self.drawn)
+
+    @cached_property
     def prompts(self) -> dict[str, str]:
-        """Key of a group -> its prompt."""
-        return {row["group"]: row["prompt"] for row in self.session.prompts[HELD_OUT if self.asked.held_out else TRAIN].rows}
+        """Key of a group -> its prompt, as it was drawn."""
+        table = self.out.table("candidates", ["group", "candidate", "prompt"])
+        table = table.filter(pc.equal(table["candidate"], 0))
+        return dict(zip(table["group"].to_pylist(), table["prompt"].to_pylist(), strict=True))
+
+    def prompts_of(self, groups: list[str]) -> dict[str, str]:
+        """The same of a few groups, whose rows alone are read."""
+        where = pc.index_in(pa.array(groups, pa.string()), self.out.table("candidates", ["group"])["group"].combine_chunks())
+        return dict(zip(groups, self.out.rows("candidates", ["prompt"], where.to_numpy())["prompt"].to_pylist(), strict=True))
 
     @cached_property
     def opinions(self) -> Opinions:
-        light = [name for name in schemas.CANDIDATES.names if name != "picture"]
         scores = {name: self.session.output(step).table("scores") for name, step in self.scored.items()}
-        return Opinions(self.session.output(self.drawn).table("candidates", light), scores, self.rule)
+        return Opinions(self.out.table("candidates", ["group", "candidate"]), scores, self.rule)
 
-    # -- the four tables: (rows that were asked for, how many rows there are)
+    # -- the four tables
 
-    def candidates(self) -> tuple[pa.Table, int]:
+    def candidates(self) -> Found:
         if self.asked.bounded and not self.asked.expert:
             raise UserError(f"--min and --max need --expert NAME for candidates ({', '.join(self.scored)}); "
                             "`fdpo inspect scores` has their mix")
-        return views.candidates(self.opinions, self._kept(), self._experts()), len(self.opinions.candidates)
+        return self._judged([name for name in schemas.CANDIDATES.names if name != "picture"], self._kept(), ranked=False)
 
-    def scores(self) -> tuple[pa.Table, int]:
-        return views.scores(self.opinions, self._kept(), self._experts()), len(self.opinions.candidates)
+    def scores(self) -> Found:
+        return self._judged(["group", "candidate", "prompt"], views.best_first(self.opinions, self._kept()), ranked=True)
 
-    def pairs(self) -> tuple[pa.Table, int]:
-        everything = rows = self.session.output(self.round.pair).table("pairs")
-        judged = "margin"
+    def _judged(self, light: list[str], kept: np.ndarray, ranked: bool) -> Found:
+        fields = views.sayings(self.experts, ranked)
+
+        def make(numbers: np.ndarray, names: list[str]) -> pa.Table:
+            drawn = [name for name in names if name not in fields]
+            rows = self.out.rows("candidates", drawn, numbers) if drawn else pa.table({})
+            more = {name: (fields[name], views.said(self.opinions, numbers, self.experts, name)) for name in names if name in fields}
+            return views.table(rows, more, names)
+
+        return Found([*light, *fields], kept, len(self.opinions.candidates), make)
+
+    def pairs(self) -> Found:
+        out, expert = self.session.output(self.round.pair), self.asked.expert
+        stored, gap = out.columns("pairs"), f"gap_{expert}"
+        names = [name for name in stored if not name.startswith("gap_") or not expert or name == gap]
+        names += [gap] if expert and gap not in stored else []
+
+        def make(numbers: np.ndarray, names: list[str]) -> pa.Table:
+            if set(names) <= set(stored):
+                return out.rows("pairs", names, numbers)
+            needed = dict.fromkeys(["group", "winner", "loser", *(name for name in names if name in stored)])
+            return views.with_gap(out.rows("pairs", list(needed), numbers), self.opinions, str(expert)).select(names)
+
+        total = out.count("pairs")
+        found = Found(names, np.arange(total), total, make)
         if self.asked.groups:
-            rows = rows.filter(self._in_groups(rows["group"]))
-        if self.asked.expert:
-            judged = f"gap_{self.asked.expert}"
-            rows = rows if judged in rows.column_names else views.with_gap(rows, self.opinions, self.asked.expert)
-            rows = rows.select([name for name in rows.column_names if not name.startswith("gap_") or name == judged])
+            found = replace(found, numbers=found.numbers[self._in_groups(found.column("group")).to_numpy()])
         if self.asked.bounded:
-            rows = rows.filter(pa.array(self.asked.within(rows[judged].to_numpy())))
-        return rows, len(everything)
+            values = found.column(gap if expert else "margin").to_numpy()
+            found = replace(found, numbers=found.numbers[self.asked.within(values)])
+        return found
 
-    def steps(self) -> tuple[pa.Table, int]:
+    def steps(self) -> Found:
         rows = self.session.output(self.round.finetune).table("steps")
-        return rows, len(rows)
+        return Found(rows.column_names, np.arange(len(rows)), len(rows), lambda numbers, names: rows.select(names).take(pa.array(numbers)))
 
     # -- what belongs to groups
 
@@ -215,32 +246,34 @@ class Shelf:
         return {row["group"]: row["reason"] for row in rows.to_pylist()}
 
     def pictures(self, groups: pa.Array) -> pa.Table:
-        """Every candidate of some groups with its picture and fault; shards without one of them are not read."""
-        out, columns, total = self.session.output(self.drawn), ["group", "candidate", "picture", "fault"], 0
-        found = [pa.schema([schemas.CANDIDATES.field(name) for name in columns]).empty_table()]
-        for shard in out.shards("candidates"):
-            rows = pc.indices_nonzero(pc.is_in(out.table("candidates", ["group"], shard)["group"], value_set=groups))
-            if len(rows):
-                found.append(out.table("candidates", columns, shard).take(rows))
-                total += pc.sum(pc.binary_length(pc.struct_field(found[-1]["picture"], "bytes"))).as_py() or 0
+        """Every candidate of some groups with its picture and fault."""
+        wanted = pc.indices_nonzero(pc.is_in(self.opinions.candidates["group"], value_set=groups)).to_numpy()
+        return self._pictures(["group", "candidate", "picture", "fault"], wanted.astype(np.int64))
+
+    def _pictures(self, columns: list[str], numbers: np.ndarray) -> pa.Table:
+        """Candidates by their numbers; read in the order of the files, so that each is opened once, and counted."""
+        there, back = np.unique(numbers, return_inverse=True)
+        found, total = [self.out.rows("candidates", columns, there[:0])], 0
+        for start in range(0, len(there), AT_ONCE):
+            found.append(self.out.rows("candidates", columns, there[start : start + AT_ONCE]))
+            total += pc.sum(pc.binary_length(pc.struct_field(found[-1]["picture"], "bytes"))).as_py() or 0
             if total > MOST_BYTES:
                 raise UserError(f"over {size(MOST_BYTES)} of pictures at once: take fewer groups, with --group or --limit")
-        return pa.concat_tables(found)
+        return pa.concat_tables(found).take(pa.array(back))
 
-    def with_pictures(self, rows: pa.Table) -> pa.Table:
-        """The candidates, each with its picture."""
-        table, places = self.pictures(pc.unique(rows["group"])), self.opinions.places
-        where = np.empty(self.opinions.shape, np.int64)
-        where[places(table["group"], table["candidate"])] = np.arange(len(table))
-        return views.with_pictures(rows, table["picture"].take(pa.array(where[places(rows["group"], rows["candidate"])])))
+    def with_pictures(self, rows: pa.Table, numbers: np.ndarray) -> pa.Table:
+        """Candidates, whose numbers these are, each with its picture."""
+        return views.with_pictures(rows, self._pictures(["picture"], numbers)["picture"])
 
     # -- filters
 
-    def _experts(self) -> list[str]:
+    @property
+    def experts(self) -> list[str]:
+        """Whose scores are shown."""
         return [self.asked.expert] if self.asked.expert else list(self.scored)
 
     def _kept(self) -> np.ndarray:
-        """Which candidates pass every filter, (n,) bool."""
+        """Numbers of the candidates that pass every filter."""
         opinions, at = self.opinions, self.opinions.at
         keep = np.ones(len(opinions.candidates), bool)
         if self.asked.groups:
@@ -248,36 +281,40 @@ class Shelf:
         if self.asked.bounded:
             keep &= self.asked.within((opinions.grid.scores[self.asked.expert] if self.asked.expert else opinions.mixed)[at])
         if self.asked.missing:
-            keep &= np.any([np.isnan(opinions.grid.scores[name][at]) for name in self._experts()], axis=0)
-        return keep
+            keep &= views.silent(opinions, np.arange(len(keep)), self.experts)
+        return np.flatnonzero(keep)
 
     def _in_groups(self, groups: pa.ChunkedArray) -> pa.ChunkedArray:
         return pc.is_in(groups, value_set=pa.array(views.matching(self.prompts, self.asked.groups), pa.string()))
 
 
-def _export(shelf: Shelf, rows: pa.Table, kind: str, path: Path) -> str:
+def _export(shelf: Shelf, found: Found, kind: str, path: Path) -> str:
     """Write the rows, all of them unless --limit says how many; returns how many."""
-    chosen = shelf.asked.first(rows, 0)
-    WRITERS[kind](path, shelf.with_pictures(chosen) if (shelf.asked.table, kind) == ("candidates", "parquet") else chosen)
-    return f"{len(chosen):,} rows"
+    which = shelf.asked.first(len(found), 0)
+    rows = found.table(which)
+    if (shelf.asked.table, kind) == ("candidates", "parquet"):
+        rows = shelf.with_pictures(rows, found.numbers[which])
+    WRITERS[kind](path, views.without_lists(rows) if kind == "csv" else rows)
+    return f"{len(which):,} rows"
 
 
-def _print(shelf: Shelf, rows: pa.Table, total: int) -> None:
+def _print(shelf: Shelf, found: Found) -> None:
     asked, say = shelf.asked, shelf.session.say
-    shown = asked.first(rows, SHOWN)
-    count = f"{len(rows):,} of {total:,}" if len(rows) < total else f"{total:,}"
-    show(f"{shelf.title} · {count} {asked.table}", *views.cells(shown, shelf.prompts, width()))
-    if len(shown) < len(rows):
-        say(f"{len(shown):,} of {len(rows):,} shown, --limit 0 shows all")
+    shown = found.table(asked.first(len(found), SHOWN))
+    count = f"{len(found):,} of {found.total:,}" if len(found) < found.total else f"{found.total:,}"
+    prompts = shelf.prompts_of(pc.unique(shown["group"]).to_pylist()) if "group" in found.names else {}
+    show(f"{shelf.title} · {count} {asked.table}", *views.cells(shown, prompts, width()))
+    if len(shown) < len(found):
+        say(f"{len(shown):,} of {len(found):,} shown, --limit 0 shows all")
     if asked.table == "steps":
-        say(views.in_words(rows))
+        say(views.in_words(found.table()))
     elif asked.table == "pairs":
         reasons = shelf.reasons()
         if reasons:
             print()
             show(f"{len(reasons):,} groups without a pair", *views.by_kind(reasons, shelf.prompts), right=False)
     else:
-        _say_what_is_missing(shelf, len(rows) - rows["missing"].null_count)
+        _say_what_is_missing(shelf, int(views.silent(shelf.opinions, found.numbers, shelf.experts).sum()))
 
 
 def _say_what_is_missing(shelf: Shelf, count: int) -> None:
@@ -287,18 +324,20 @@ def _say_what_is_missing(shelf: Shelf, count: int) -> None:
         shelf.session.say(f"{count:,} candidates lack a score; --missing shows which and why")
 
 
-def _sheet(shelf: Shelf, rows: pa.Table, path: Path) -> str:
+def _sheet(shelf: Shelf, found: Found, path: Path) -> str:
     """Write the contact sheet of the first groups, or pairs and their groups; returns in a few words what is on it."""
     from fashiondpo_pipeline import sheets
 
-    asked, reasons, duels = shelf.asked, shelf.reasons(), rows.slice(0, 0)
+    asked, reasons, duels = shelf.asked, shelf.reasons(), found.table(slice(0))
     if asked.table == "pairs":
-        duels = asked.first(rows if asked.sort else views.ordered(rows, "margin:desc"), SHOWN)
-        groups = pa.concat_arrays([pc.unique(duels["group"]), asked.first(pa.array(reasons, pa.string()), SHOWN)])
-        count = f"{len(duels):,} of {len(rows):,} pairs"
+        duels = (found if asked.sort else found.ordered("margin:desc")).table(asked.first(len(found), SHOWN))
+        without = list(reasons)
+        some = [without[i] for i in asked.first(len(without), SHOWN)]
+        groups = pa.concat_arrays([pc.unique(duels["group"]), pa.array(some, pa.string())])
+        count = f"{len(duels):,} of {len(found):,} pairs"
     else:
-        every = pc.unique(rows["group"])
-        groups = asked.first(every, SHOWN)
+        every = pc.unique(found.column("group"))
+        groups = every.take(pa.array(asked.first(len(every), SHOWN)))
         count = f"{len(groups):,} of {len(every):,} groups"
     pictures = len(groups) * shelf.opinions.shape[1]
     if pictures > MOST_PICTURES:

@@ -21,6 +21,7 @@ from fashiondpo_pipeline.config import Pair, validate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.opinions import Opinions
 from fashiondpo_pipeline.preferences import Rule
+from fashiondpo_pipeline.workspace import Output
 from stages import Session, inspecting, rescoring
 from stages.inspecting import Question
 
@@ -85,7 +86,7 @@ def root(tmp_path_factory) -> Path:
     """A run made by hand: round 1 with four groups down to the step table, round 2 drawn but not scored."""
     root = tmp_path_factory.mktemp("inspect")
     (root / "model").mkdir()
-    (root / "model" / "weights").write_text("none")
+    (root / "model" / "model_index.json").write_text("{}")
     rows = [{"group": g, "prompt": p, "split": "train" if g in TRAINED else "held-out"} for g, p in PROMPTS.items()]
     (root / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     s = session(root)
@@ -133,7 +134,8 @@ def test_candidates_are_shown_with_seed_fault_and_each_experts_score(root):
     _, rows = look(root, "candidates")
     assert len(rows) == 16
     assert rows[0] == {
-        "group": NAVY, "candidate": 0, "prompt": PROMPTS[NAVY], "round": 1, "seed": 0, "guidance": 1.0, "fault": None,
+        "group": NAVY, "candidate": 0, "prompt": PROMPTS[NAVY], "round": 1, "seed": 0, "guidance": 1.0,
+        "guidance_interval": None, "guidance_rescale": None, "fault": None,
         "taste": 1.0, "truth": 1.0, "judge": 4.0, "missing": None,
     }
     assert rows[12]["fault"] == rows[12]["missing"] == "the latent is not finite"
@@ -237,7 +239,7 @@ def test_a_watched_expert_has_a_gap_too(root):
 def test_the_gap_of_a_watched_expert_is_reckoned_as_the_stored_ones_are(root):
     s = session(root)
     shelf = inspecting.Shelf(s, Question("pairs"), s.chain(1).rounds[1], Rule(**s.config.pair.model_dump()))
-    stored, _ = shelf.pairs()
+    stored = shelf.pairs().table()
     again = views.with_gap(stored.drop_columns(["gap_taste"]), shelf.opinions, "taste")
     assert again["gap_taste"].equals(stored["gap_taste"])
 
@@ -520,8 +522,11 @@ def test_large_pictures_are_shrunk_and_broken_ones_named():
 def test_an_expert_named_like_a_column_keeps_its_own():
     drawn = pa.table({"group": ["a", "a"], "candidate": pa.array([0, 1], pa.int16()), "prompt": ["x", "x"], "seed": [7, 8]})
     scores = pa.table([["a", "a"], [0, 1], [0.5, 0.25], [None, None]], schema=schemas.SCORES)
-    rows = views.candidates(Opinions(drawn, {"seed": scores}, Rule({"seed": 1.0})), np.array([True, True]), ["seed"])
-    assert rows.select(["seed", "score_seed"]).to_pydict() == {"seed": [7, 8], "score_seed": [0.5, 0.25]}
+    opinions, fields = Opinions(drawn, {"seed": scores}, Rule({"seed": 1.0})), views.sayings(["seed"], ranked=False)
+    assert list(fields) == ["score_seed", "missing"]
+    said = views.said(opinions, np.array([1, 0]), ["seed"], "score_seed")
+    rows = views.table(drawn.take([1, 0]), {"score_seed": (fields["score_seed"], said)}, ["seed", "score_seed"])
+    assert rows.to_pydict() == {"seed": [8, 7], "score_seed": [0.25, 0.5]}
 
 
 def test_the_command_answers_without_torch(root, tmp_path):
@@ -536,3 +541,21 @@ def test_the_command_answers_without_torch(root, tmp_path):
     assert margins == sorted(margins)
     assert "a photo of a Navy boot" in done.stdout
     assert "6 of 6 pairs" in done.stderr
+
+
+def test_a_csv_writes_lists_as_words():
+    rows = pa.table({"a": [1, 2], "interval": pa.array([[0.25, 0.75], None], pa.list_(pa.float32()))})
+    assert views.without_lists(rows).to_pydict() == {"a": [1, 2], "interval": ["0.25 0.75", None]}
+
+
+def test_only_rows_that_are_shown_are_read(root, monkeypatch):
+    asked, rows = [], Output.rows
+
+    def watched(self, name, columns, numbers):
+        asked.append((columns, len(numbers)))
+        return rows(self, name, columns, numbers)
+
+    monkeypatch.setattr(Output, "rows", watched)
+    inspecting.run(session(root), Question("candidates", sort="seed:desc", limit=2), 1, None, {})
+    light = [name for name in schemas.CANDIDATES.names if name != "picture"]
+    assert asked == [(["seed"], 16), (light, 2), (["prompt"], 1)]  # what is sorted by, what is shown, the prompt of its group

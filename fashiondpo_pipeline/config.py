@@ -77,7 +77,8 @@ class Generator(Section):
         "auto", description="what the denoiser predicts; auto reads the model's scheduler, a name must agree with it"
     )
     lora: str | None = Field(
-        None, description="a LoRA to start from (.safetensors, diffusers' or kohya's format), fused into the weights: the base is then the styled model"
+        None, description="a LoRA to start from (.safetensors, diffusers' or kohya's format), fused into the weights: the base is "
+        "then the styled model"
     )
     lora_scale: float = Field(1.0, description="its strength")
 
@@ -100,7 +101,8 @@ class Sample(Section):
     candidates: int = Field(8, ge=1, le=1000, description="pictures a prompt (K); pairs need at least 2, usual 4 to 20")
     steps: int = Field(10, ge=1, le=1000, description="denoising steps; 10 to 50")
     guidance: float = Field(
-        1.0, ge=0, description="classifier-free guidance; 1 is none (half the cost), Stable Diffusion's usual is 5 to 7.5; FLUX takes it as an input, 3.5"
+        1.0, ge=0, description="classifier-free guidance; 1 is none (half the cost), Stable Diffusion's usual is 5 to 7.5; "
+        "FLUX takes it as an input, 3.5"
     )
     guidance_interval: Window = Field(
         [0.0, 1.0], description="the part of the walk in which guidance acts, from 0 (noise) to 1 (picture); outside it costs half"

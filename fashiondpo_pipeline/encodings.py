@@ -19,7 +19,7 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "f
 def to_table(encodings: dict[str, Parts]) -> pa.Table:
     """A table of prompts and their parts."""
     first = next(iter(encodings.values()))
-    layout = {name: {"shape": list(part.shape), "dtype": _NAMES[part.dtype]} for name, part in first.items()}
+    layout: dict[str, Any] = {name: {"shape": list(part.shape), "dtype": _NAMES[part.dtype]} for name, part in first.items()}
     columns: list[Any] = [pa.array(list(encodings))]
     for name, of in layout.items():
         parts = [parts[name].cpu().to(getattr(torch, of["dtype"])).contiguous().numpy().tobytes() for parts in encodings.values()]

@@ -76,11 +76,12 @@ class Store:
     def columns_read(self) -> list[str]:
         """The columns of a trajectory table that `gather` reads."""
         by_step = [] if self.fresh else ["x_t", *(["x_prev"] if "log_prob" in self.signals else [])]
-        kept = ["prediction"] if self._keeps_predictions else []
+        kept = ["prediction"] if self.keeps_predictions else []
         return ["group", "candidate", "steps", "timesteps", "x_0", "log_prob", "error", *by_step, *kept]
 
     @property
-    def _keeps_predictions(self) -> bool:
+    def keeps_predictions(self) -> bool:
+        """Whether the sample stage kept its predictions, and they are of use here."""
         return bool(self.sampled.get("predictions")) and not self.fresh
 
     def _add(self, row: dict, prompt: str, suffix: str) -> None:
@@ -238,7 +239,7 @@ class Store:
         slack = None
         if self.knobs.guard is not None:
             slack = winner_guard(predictions[-1].float(), spot.wanted, winner, loser, self.knobs.guard)
-        common = {
+        common: dict[str, Any] = {
             "winner": winner, "loser": loser, "unit": unit, "error": own["error"], "ref_error": reference["error"],
             "prediction": predictions[-1].float(), "ref_prediction": reference.get("prediction"), "wanted": spot.wanted,
             "scale": scale.get("error"), "slack": slack, **scores,
@@ -251,7 +252,8 @@ class Store:
 
     def recorded(self) -> dict[str, np.ndarray]:
         """The sampler's own record of every place, (n, columns) each: the reference where the sampling model is it."""
-        return {name: self._arrays[name][: len(self.names)][:, self._use] for name in ("log_prob", "error") if name == "error" or name in self.signals}
+        names = ["error", *(["log_prob"] if "log_prob" in self.signals else [])]
+        return {name: self._arrays[name][: len(self.names)][:, self._use] for name in names}
 
     def ask(self, file: str, rows: np.ndarray, processes: Any, model: Any) -> dict[str, np.ndarray]:
         """What the model under the context `model` says of these rows at every column, kept so that a resume does not ask again.

@@ -237,23 +237,42 @@ def check_generator(generator: Any, row: dict) -> None:
     """Raises AssertionError, saying which, if a generator breaks its contract on a prompt row.
 
     Latents, predictions and pictures of the right shapes; guidance weights sum to one; a row's numbers do not depend on
-    the rows it is called with.
+    the rows it is called with; nothing is encoded that `encodings` has; what is let go of comes back the same.
     """
     import torch
 
+    from fashiondpo_pipeline.sampling import Guidance
+
     c, h, w = generator.latent_shape
-    condition = generator.condition([row, row], guidance=2.0)
+    guided = Guidance(2.0) if _takes_guidance(generator, row) else Guidance()
+    condition = generator.condition([row, row], guided)
     assert abs(float(condition.weights.sum()) - 1) < 1e-6, "guidance weights must sum to one"
-    assert condition.tokens.shape[:2] == (len(condition.weights), 2), "tokens must be (branches, rows, n, d)"
-    assert len(generator.condition([row], guidance=1.0).weights) == 1, "without guidance there is one branch"
+    for name, part in condition.parts.items():
+        assert part.shape[:2] == (len(condition.weights), 2), f"the part '{name}' must be (branches, rows, ...)"
+    assert len(generator.condition([row], Guidance()).weights) == 1, "without guidance there is one branch"
+    assert row["prompt"] in generator.encodings, "an encoded prompt is kept in `encodings`"
     schedule = generator.schedule(4)
     assert len(schedule.timesteps) == 4, "a schedule of 4 steps has 4 timesteps"
-    x = torch.randn(2, c, h, w, generator=torch.Generator().manual_seed(0)).to(condition.tokens.device)
+    x = torch.randn(2, c, h, w, generator=torch.Generator().manual_seed(0)).to(condition.weights.device)
     t = schedule.timesteps[:1].repeat(2).to(x.device)
     with torch.inference_mode():
-        both = generator.denoise(x, t, condition.tokens[0])
-        swapped = generator.denoise(x.flip(0), t, condition.tokens[0])
+        both = generator.denoise(x, t, condition.branch(0))
+        swapped = generator.denoise(x.flip(0), t, condition.branch(0))
     assert both.shape == x.shape, "a prediction has the shape of its latent"
     assert torch.allclose(both, swapped.flip(0), atol=1e-4), "a row's prediction depends on its place in the batch"
-    pictures = generator.decode(x)
+    pictures, sound = generator.decode(x)
     assert pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3, "decode gives (b, h, w, 3) uint8"
+    assert sound.shape == (2,) and sound.dtype == bool, "decode says of each picture whether it is made of numbers"
+    generator.let_go("text", "vae")
+    assert np.array_equal(generator.decode(x)[0], pictures), "a VAE that was let go of comes back as another one"
+
+
+def _takes_guidance(generator: Any, row: dict) -> bool:
+    from fashiondpo_pipeline.errors import UserError
+    from fashiondpo_pipeline.sampling import Guidance
+
+    try:
+        generator.condition([row], Guidance(2.0))
+    except UserError:
+        return False
+    return True

@@ -212,7 +212,7 @@ def _in_pieces(batch: Batch, rows: int, predict: Callable, lose: Callable, scale
     pieces = [slice(start, start + rows) for start in range(0, len(batch.rows), rows)]
     with torch.no_grad():
         found = [predict(batch.rows[piece], batch.columns[piece]) for piece in pieces]
-    leaves = tuple(torch.cat(parts).float().requires_grad_() for parts in zip(*found, strict=True))
+    leaves = tuple(torch.cat(parts).to(torch.promote_types(parts[0].dtype, torch.float32)).requires_grad_() for parts in zip(*found, strict=True))
     (lose(batch, leaves) * scale).backward()
     for piece in pieces:
         again = predict(batch.rows[piece], batch.columns[piece])

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fashiondpo_pipeline import adapters, schemas, seeds
+from fashiondpo_pipeline import adapters, diagnosis, schemas, seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.grid import Chooser
@@ -70,12 +70,13 @@ def run(session, step: Step, out: Output) -> None:
     state = State(knobs.beta, torch.zeros(knobs.epochs, store.columns, 5, dtype=torch.float64))
     checkpoint = out.work / "checkpoint.pt"
     state.resume(checkpoint, weights, optimiser, scaler, reference, generator.device)
-    started, asked_before, micro_batch = time.monotonic(), store.rows_without_gradient, knobs.micro_batch
+    started, micro_batch = time.monotonic(), knobs.micro_batch
 
     def evidence(batch: Batch, predictions: Predictions) -> dict:
         return store.evidence(batch, predictions, reference.at(batch), candidates.scores_at(batch))
 
-    for number, (epoch, units) in session.track(list(enumerate(plan))[len(state.rows):], f"round {step.round} {step.name}", len(plan), len(state.rows)):
+    to_do = list(enumerate(plan))[len(state.rows):]
+    for number, (epoch, units) in session.track(to_do, f"round {step.round} {step.name}", len(plan), len(state.rows)):
         if knobs.pick == "accuracy":
             units = repick(units, state.informative(), step.config["seed"], "pick", step.round, number)
         learning_rate = knobs.learning_rate * rate_at(number, len(plan), knobs.warmup, knobs.decay)
@@ -112,14 +113,18 @@ def run(session, step: Step, out: Output) -> None:
     session.wait()
     if not session.first:
         return
-    out.write(0, time.monotonic() - started, steps=pa.Table.from_pylist(state.rows, schemas.STEPS), columns=state.table(store))
+    steps, columns = pa.Table.from_pylist(state.rows, schemas.STEPS), state.table(store)
+    out.write(0, time.monotonic() - started, steps=steps, columns=columns)
+    for finding in diagnosis.of_training(steps, columns, step.config, step.inputs["sample"].config["steps"]):
+        if finding.level != "note":
+            session.say(f"round {step.round} {step.name}: {finding.level}: {finding.sentence}")
     generator.save_adapter(out.work / "adapter")
     out.publish("adapter", out.work / "adapter")
     out.finish({
         "objective": knobs.objective, "pairs": sum(len(g.winner) for g in groups), "groups": len(groups), "steps": len(state.rows),
         "reference": {"kind": knobs.reference, "hash": reference.hash}, "micro_batch": micro_batch,
         "policy_rows": sum(row["rows"] for row in state.rows), "replayed_groups": candidates.replayed_groups,
-        "reference_rows_in_training": store.rows_without_gradient - asked_before, "reference_rows_before": reference.rows_before,
+        "reference_rows_in_training": reference.rows_in_training, "reference_rows_before": reference.rows_before,
         "trainable": sum(w.numel() for w in weights.values()), "first_loss": state.rows[0]["loss"], "last_loss": state.rows[-1]["loss"],
         "last_accuracy": state.rows[-1]["accuracy"], "last_beta": state.beta,
     })
@@ -145,7 +150,8 @@ def terms_of(knobs: Finetune) -> list[Term]:
     if knobs.guard is not None and signals != ["error"]:
         raise UserError("finetune.guard works on errors: use diffusion_dpo, or set finetune.signal to error")
     if knobs.condition_dropout and signals != ["error"]:
-        raise UserError("finetune.condition_dropout works on errors: a step was taken with its prompt; use diffusion_dpo, or set finetune.signal to error")
+        raise UserError("finetune.condition_dropout works on errors: a step was taken with its prompt; use diffusion_dpo, or set finetune.signal "
+                        "to error")
     return terms
 
 
@@ -268,14 +274,15 @@ class Reference:
         self.knobs, self.store, self.generator, self.first = knobs, store, generator, first
         kind = knobs.reference
         self.is_policy = kind in ("previous", "ema") or first
-        self.rows_before = 0
-        own = np.setdiff1d(np.arange(len(store.names)), replayed)
+        self.rows_before = self.rows_in_training = 0
         compares = any("ref_prediction" in term.objective.needs for term in terms)
-        self.live = kind == "ema" or (compares and (store.kept_predictions(own[:1], np.zeros(1, int)) is None or not self.is_policy or len(replayed) > 0))
+        kept = store.keeps_predictions and self.is_policy and not len(replayed)
+        self.live = kind == "ema" or (compares and not kept)
         self.compares = compares
         self.start = {name: weight.detach().clone() for name, weight in weights.items()} if self.live else None
         self.weights = weights
-        if self.is_policy and not store.fresh and not knobs.condition_dropout:
+        # mixed precision rounds otherwise than the sampler did: then even the sampling model is asked anew
+        if self.is_policy and not store.fresh and not knobs.condition_dropout and knobs.precision == "no":
             self.numbers = {name: values.copy() for name, values in store.recorded().items()}
             if len(replayed):
                 asked = store.ask("replayed.npz", replayed, processes, holding(weights, None))
@@ -299,12 +306,14 @@ class Reference:
         if not self.live:
             found = {name: torch.from_numpy(np.asarray(values[rows, columns], np.float64)).to(device) for name, values in self.numbers.items()}
             return found | ({"prediction": self.store.kept_predictions(rows, columns)} if self.compares else {})
+        asked = self.store.rows_without_gradient
         moving = self.knobs.reference in ("previous", "ema") or self.first
         with torch.no_grad(), holding(self.weights, self.start) if moving else self._model():
             pieces = [slice(start, start + self.knobs.micro_batch) for start in range(0, len(rows), self.knobs.micro_batch)]
             said = [self.store.predict(rows[piece], columns[piece]) for piece in pieces]
             predictions = tuple(torch.cat(parts) for parts in zip(*said, strict=True))
             signals = self.store.signals_of(rows, columns, self.store.spot(rows, columns), predictions)
+        self.rows_in_training += self.store.rows_without_gradient - asked
         return signals | {"prediction": predictions[-1].float()}
 
     def follow(self, weights: dict) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fashiondpo_pipeline import diffusion
-from fashiondpo_pipeline.diffusion import EPSILON, Schedule, V
-from fashiondpo_pipeline.generators.text2img import Text2Image
+from fashiondpo_pipeline.diffusion import EPSILON, Ddim, V
+from fashiondpo_pipeline.generators.text2img import text2img
 
 SHAPE = (3, 2, 2)
 both_predictions = pytest.mark.parametrize("prediction", [EPSILON, V])
@@ -29,7 +29,7 @@ def scheduler(prediction=EPSILON, alpha_to_one=False, offset=1, steps=10, **more
 
 
 def schedule(theirs):
-    return Schedule(
+    return Ddim(
         alpha_bar=theirs.alphas_cumprod, alpha_bar_end=float(theirs.final_alpha_cumprod), timesteps=theirs.timesteps.long(),
         stride=theirs.config.num_train_timesteps // theirs.num_inference_steps, prediction=theirs.config.prediction_type,
     )
@@ -38,7 +38,7 @@ def schedule(theirs):
 def toy(prediction=EPSILON, end=1.0):
     """Three timesteps whose square roots are plain: signal 0.8, 0.6, 0.28 and noise 0.6, 0.8, 0.96."""
     alpha_bar = torch.tensor([0.64, 0.36, 0.0784], dtype=torch.float64)
-    return Schedule(alpha_bar, end, torch.tensor([2, 1, 0]), 1, prediction)
+    return Ddim(alpha_bar, end, torch.tensor([2, 1, 0]), 1, prediction)
 
 
 def latents(rows, seed=0):
@@ -62,7 +62,7 @@ def test_a_step_and_its_density_are_diffusers_own_at_every_timestep(prediction, 
     ours = schedule(theirs)
     t = ours.timesteps
     x_t, predicted, noise = (latents(len(t), seed) for seed in range(3))
-    mean, sigma = diffusion.ddim_mean(ours, predicted, x_t, t, eta), diffusion.ddim_sigma(ours, t, eta)
+    mean, sigma = ours.mean(predicted, x_t, t, eta), ours.std(t, eta)
     x_prev = mean + diffusion.wide(sigma, mean) * noise
     density = diffusion.log_prob(mean, sigma, x_prev)
     for i, timestep in enumerate(t.tolist()):
@@ -87,8 +87,8 @@ def test_single_precision_steps_agree_with_the_scheduler_as_it_comes(prediction)
     theirs.alphas_cumprod, theirs.final_alpha_cumprod = theirs.alphas_cumprod.float(), theirs.final_alpha_cumprod.float()
     ours = schedule(theirs)
     x_t, predicted, noise = (latents(20, seed).float() for seed in range(3))
-    x_prev = diffusion.ddim_mean(ours, predicted, x_t, ours.timesteps, 1.0)
-    x_prev = x_prev + diffusion.wide(diffusion.ddim_sigma(ours, ours.timesteps, 1.0), x_prev) * noise
+    x_prev = ours.mean(predicted, x_t, ours.timesteps, 1.0)
+    x_prev = x_prev + diffusion.wide(ours.std(ours.timesteps, 1.0), x_prev) * noise
     for i, timestep in enumerate(theirs.timesteps):
         row = slice(i, i + 1)
         wanted = theirs.step(predicted[row], timestep, x_t[row], eta=1.0, variance_noise=noise[row]).prev_sample
@@ -100,8 +100,8 @@ def test_a_schedule_without_signal_at_the_end_walks_as_diffusers_does():
     theirs = scheduler(V, True, 0, 10, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     ours = schedule(theirs)
     x_t, predicted, noise = (latents(10, seed) for seed in range(3))
-    x_prev = diffusion.ddim_mean(ours, predicted, x_t, ours.timesteps, 1.0)
-    x_prev = x_prev + diffusion.wide(diffusion.ddim_sigma(ours, ours.timesteps, 1.0), x_prev) * noise
+    x_prev = ours.mean(predicted, x_t, ours.timesteps, 1.0)
+    x_prev = x_prev + diffusion.wide(ours.std(ours.timesteps, 1.0), x_prev) * noise
     for i, timestep in enumerate(theirs.timesteps):
         row = slice(i, i + 1)
         wanted = theirs.step(predicted[row], timestep, x_t[row], eta=1.0, variance_noise=noise[row]).prev_sample
@@ -111,7 +111,7 @@ def test_a_schedule_without_signal_at_the_end_walks_as_diffusers_does():
 
 @pytest.mark.parametrize("steps", [1, 7, 10, 30, 1000])
 def test_a_generators_schedule_is_its_schedulers(tiny_sd_v, steps):
-    generator = Text2Image(str(tiny_sd_v))
+    generator = text2img(str(tiny_sd_v))
     found = generator.schedule(steps)
     theirs = DDIMScheduler.from_pretrained(tiny_sd_v, subfolder="scheduler")
     theirs.set_timesteps(steps)
@@ -139,7 +139,7 @@ def test_noise_and_target_are_diffusers_own(prediction):
 
 def test_a_step_without_chance_is_what_it_is_by_hand():
     """From x_t = 1 at signal 0.6, noise 0.8 with eps 0.5: x_0 = (1 - 0.4)/0.6 = 1; then 0.8 * 1 + 0.6 * 0.5 = 1.1."""
-    mean = diffusion.ddim_mean(toy(), rows_of(0.5), rows_of(1.0), torch.tensor([1]), 0.0)
+    mean = toy().mean(rows_of(0.5), rows_of(1.0), torch.tensor([1]), 0.0)
     assert mean.item() == pytest.approx(1.1, abs=1e-12)
 
 
@@ -149,9 +149,9 @@ def test_a_step_with_chance_is_what_it_is_by_hand():
     The mean's noise share is sqrt(1 - 0.64 - 0.24609375) = sqrt(0.11390625) = 0.3375: 0.8 + 0.3375 * 0.5 = 0.96875.
     """
     t = torch.tensor([1])
-    assert diffusion.ddim_sigma(toy(), t, 1.0).item() == pytest.approx(math.sqrt(0.24609375), abs=1e-12)
-    assert diffusion.ddim_sigma(toy(), t, 0.5).item() == pytest.approx(math.sqrt(0.24609375) / 2, abs=1e-12)
-    assert diffusion.ddim_mean(toy(), rows_of(0.5), rows_of(1.0), t, 1.0).item() == pytest.approx(0.96875, abs=1e-12)
+    assert toy().std(t, 1.0).item() == pytest.approx(math.sqrt(0.24609375), abs=1e-12)
+    assert toy().std(t, 0.5).item() == pytest.approx(math.sqrt(0.24609375) / 2, abs=1e-12)
+    assert toy().mean(rows_of(0.5), rows_of(1.0), t, 1.0).item() == pytest.approx(0.96875, abs=1e-12)
 
 
 def test_a_v_prediction_is_split_as_by_hand():
@@ -181,7 +181,7 @@ def test_min_snr_weights_are_what_they_are_by_hand():
     t = torch.arange(3)
     alpha_bar = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
     for prediction, wanted in ((EPSILON, [5 / 9, 1, 1]), (V, [1 / 2, 1 / 2, 1 / 10])):
-        found = diffusion.min_snr_weight(Schedule(alpha_bar, 1.0, t, 1, prediction), t, 5.0)
+        found = diffusion.min_snr_weight(Ddim(alpha_bar, 1.0, t, 1, prediction), t, 5.0)
         assert found.tolist() == pytest.approx(wanted, abs=1e-12)
 
 
@@ -203,10 +203,10 @@ def test_sensitivity_is_how_fast_a_changed_prediction_makes_the_step_unlikely(pr
     sensitivity * d^2 for each dimension. Where sigma is 0 a step is infinitely sensitive."""
     ours = schedule(scheduler(prediction, True, 0))
     t, x_t, predicted = ours.timesteps, latents(10, 0), latents(10, 1)
-    mean, sigma = diffusion.ddim_mean(ours, predicted, x_t, t, 1.0), diffusion.ddim_sigma(ours, t, 1.0)
-    moved = diffusion.ddim_mean(ours, predicted + 0.1, x_t, t, 1.0)
+    mean, sigma = ours.mean(predicted, x_t, t, 1.0), ours.std(t, 1.0)
+    moved = ours.mean(predicted + 0.1, x_t, t, 1.0)
     lost = diffusion.log_prob(mean, sigma, mean) - diffusion.log_prob(moved, sigma, mean)
-    found = diffusion.ddim_sensitivity(ours, t, 1.0)
+    found = diffusion.sensitivity(ours, t, 1.0)
     assert torch.allclose(found[:-1] * 0.1**2 * x_t[0].numel(), lost[:-1], rtol=1e-9)
     assert torch.isinf(found[-1])
 
@@ -240,7 +240,7 @@ def test_without_chance_and_with_a_perfect_prediction_every_step_stays_on_the_li
     """At eta 0 the step from t lands on x_0 and eps mixed at the next timestep's shares."""
     ours = schedule(scheduler(steps=10))
     x_0, eps, t = latents(10, 0), latents(10, 1), ours.timesteps
-    mean = diffusion.ddim_mean(ours, eps, diffusion.add_noise(ours, x_0, eps, t), t, 0.0)
+    mean = ours.mean(eps, diffusion.add_noise(ours, x_0, eps, t), t, 0.0)
     a = ours.after(t)
     wanted = diffusion.wide(a.sqrt(), x_0) * x_0 + diffusion.wide((1 - a).sqrt(), x_0) * eps
     assert torch.allclose(mean, wanted, rtol=0, atol=1e-9)
@@ -250,10 +250,10 @@ def test_mixed_timesteps_in_a_batch_are_each_their_own():
     ours = schedule(scheduler(V, steps=50))
     t = ours.timesteps[[3, 49, 0, 20]]
     x_t, predicted = latents(4, 0), latents(4, 1)
-    together = diffusion.ddim_mean(ours, predicted, x_t, t, 1.0)
+    together = ours.mean(predicted, x_t, t, 1.0)
     for i in range(4):
         row = slice(i, i + 1)
-        assert torch.equal(together[row], diffusion.ddim_mean(ours, predicted[row], x_t[row], t[row], 1.0))
+        assert torch.equal(together[row], ours.mean(predicted[row], x_t[row], t[row], 1.0))
 
 
 def test_squared_error_is_a_mean_over_dimensions_of_each_row():

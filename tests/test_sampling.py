@@ -7,8 +7,8 @@ from diffusers import StableDiffusionPipeline
 
 from fashiondpo_pipeline import codecs, diffusion, seeds
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.generators.text2img import Text2Image
-from fashiondpo_pipeline.sampling import Condition, predict, sample, tracked_error
+from fashiondpo_pipeline.generators.text2img import text2img
+from fashiondpo_pipeline.sampling import Condition, Guidance, predict, sample, tracked_error
 from fashiondpo_pipeline.tiles import tiled
 from fashiondpo_pipeline.timesteps import in_window, saved_steps
 
@@ -23,13 +23,13 @@ def folder(request, tiny_sd, tiny_sd_v):
 
 @pytest.fixture(scope="module")
 def generator(folder):
-    return Text2Image(str(folder))
+    return text2img(str(folder))
 
 
 def draw(generator, rows, *, steps=4, guidance=1.0, **options):
     """A walk for some rows of ROWS, each under its own seed."""
     options = {"eta": 1.0, **options}
-    condition = generator.condition([ROWS[row] for row in rows], guidance)
+    condition = generator.condition([ROWS[row] for row in rows], Guidance(guidance))
     return sample(generator.denoise, generator.schedule(steps), condition, [seeds.generator("test", row) for row in rows],
                   generator.latent_shape, **options)
 
@@ -47,7 +47,8 @@ def test_pictures_are_those_of_stock_stable_diffusion(folder, generator, eta, gu
         [PROMPTS[row] for row in rows], generator=[seeds.generator("test", row) for row in rows], num_inference_steps=5,
         eta=eta, guidance_scale=guidance, output_type="np",
     ).images
-    ours = generator.decode(draw(generator, rows, steps=5, guidance=guidance, eta=eta, tile=3).x_0)
+    ours, sound = generator.decode(draw(generator, rows, steps=5, guidance=guidance, eta=eta, tile=3).x_0)
+    assert sound.all()
     assert np.abs(ours.astype(float) - theirs * 255).max() <= 2
     assert ours.std() > 5  # pictures, not a grey field that agrees with anything
 
@@ -57,9 +58,9 @@ def test_a_negative_prompt_is_stock_stable_diffusions(folder, generator):
     stock.set_progress_bar_config(disable=True)
     theirs = stock("a bag", negative_prompt="ugly", generator=seeds.generator(1), num_inference_steps=3, guidance_scale=5.0,
                    output_type="np").images
-    condition = generator.condition([{"prompt": "a bag"}], 5.0, "ugly")
+    condition = generator.condition([{"prompt": "a bag"}], Guidance(5.0), "ugly")
     path = sample(generator.denoise, generator.schedule(3), condition, [seeds.generator(1)], generator.latent_shape, eta=0.0)
-    assert np.abs(generator.decode(path.x_0).astype(float) - theirs * 255).max() <= 2
+    assert np.abs(generator.decode(path.x_0)[0].astype(float) - theirs * 255).max() <= 2
 
 
 # -- rows do not touch
@@ -79,11 +80,11 @@ def test_a_row_depends_on_nothing_but_its_prompt_and_seed(generator, guidance):
 def test_a_tile_is_always_full(generator):
     seen = []
 
-    def denoise(x_t, t, tokens):
-        seen.append((len(x_t), len(t), len(tokens)))
-        return generator.denoise(x_t, t, tokens)
+    def denoise(x_t, t, parts):
+        seen.append((len(x_t), len(t), len(parts["tokens"])))
+        return generator.denoise(x_t, t, parts)
 
-    sample(denoise, generator.schedule(2), generator.condition(ROWS, 1.0), [seeds.generator(i) for i in range(5)],
+    sample(denoise, generator.schedule(2), generator.condition(ROWS, Guidance()), [seeds.generator(i) for i in range(5)],
            generator.latent_shape, eta=0.0, tile=4)
     assert seen == [(4, 4, 4)] * 4
 
@@ -112,7 +113,7 @@ def test_saving_a_path_leaves_torchs_own_randomness_alone(generator):
 def test_saved_log_prob_and_error_can_be_recomputed_from_the_bytes_on_disk(generator, guidance):
     save, shape = [0, 2, 4], generator.latent_shape
     path = draw(generator, range(4), steps=5, guidance=guidance, save=save, tile=4)
-    schedule, condition = generator.schedule(5), generator.condition(ROWS[:4], guidance)
+    schedule, condition = generator.schedule(5), generator.condition(ROWS[:4], Guidance(guidance))
     on_disk = {name: [[codecs.encode_half(x) for x in row] for row in getattr(path, name)] for name in ("x_t", "x_prev")}
     x_0 = torch.tensor(codecs.decode_half([codecs.encode_half(x) for x in path.x_0], shape)).float()
     assert torch.equal(x_0, path.x_0)
@@ -124,7 +125,7 @@ def test_saved_log_prob_and_error_can_be_recomputed_from_the_bytes_on_disk(gener
         with torch.inference_mode():
             guided, conditional = predict(generator.denoise, x_t, t, condition)
         density = diffusion.log_prob(
-            diffusion.ddim_mean(schedule, guided, x_t, t, 1.0), diffusion.ddim_sigma(schedule, t, 1.0), x_prev
+            schedule.mean(guided, x_t, t, 1.0), schedule.std(t, 1.0), x_prev
         )
         assert torch.equal(density, path.log_prob[:, column])
         assert torch.equal(tracked_error(schedule, conditional, x_0, x_t, t), path.error[:, column])
@@ -148,7 +149,7 @@ def test_a_step_taken_by_chance_is_a_likely_one(generator):
     """(x_prev - mean)/sigma is standard normal noise: its log-density is near -d/2 (1 + ln 2 pi) - d ln sigma."""
     path = draw(generator, range(5), steps=10, save=list(range(10)))
     schedule = generator.schedule(10)
-    sigma = diffusion.ddim_sigma(schedule, schedule.timesteps, 1.0)
+    sigma = schedule.std(schedule.timesteps, 1.0)
     d = path.x_0[0].numel()
     likely = -d * (0.5 + 0.5 * np.log(2 * np.pi) + sigma.log())
     assert torch.allclose(path.log_prob[:, :-1], likely[:-1].expand(5, -1), rtol=0, atol=5 * (d / 2) ** 0.5)
@@ -164,7 +165,7 @@ def test_the_last_step_has_no_density_where_it_ends_without_noise(generator):
     """With alpha_bar_end 1 the last DDIM step has no variance; its column is NaN and the others are not."""
     schedule = generator.schedule(4)
     ends_clean = type(schedule)(schedule.alpha_bar, 1.0, schedule.timesteps, schedule.stride, schedule.prediction)
-    path = sample(generator.denoise, ends_clean, generator.condition(ROWS[:1], 1.0), [seeds.generator(0)],
+    path = sample(generator.denoise, ends_clean, generator.condition(ROWS[:1], Guidance()), [seeds.generator(0)],
                   generator.latent_shape, eta=1.0, save=[0, 1, 2, 3])
     assert torch.isfinite(path.log_prob).tolist() == [[True, True, True, False]]
 
@@ -182,13 +183,13 @@ def test_both_branches_of_guidance_go_through_the_denoiser_in_one_call():
     """A denoiser that answers with its tokens: guided = 3 * 2 + (1 - 3) * 1 = 4, conditional = 2."""
     calls = []
 
-    def denoise(x_t, t, tokens):
+    def denoise(x_t, t, parts):
         calls.append(len(x_t))
-        return tokens.mean((1, 2)).reshape(-1, 1, 1, 1).expand_as(x_t)
+        return parts["tokens"].mean((1, 2)).reshape(-1, 1, 1, 1).expand_as(x_t)
 
     tokens = torch.stack([torch.full((5, 3, 2), 2.0), torch.full((5, 3, 2), 1.0)])
     x_t, t = torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.long)
-    guided, conditional = predict(denoise, x_t, t, Condition(tokens, torch.tensor([3.0, -2.0])))
+    guided, conditional = predict(denoise, x_t, t, Condition({"tokens": tokens}, torch.tensor([3.0, -2.0])))
     assert calls == [10]
     assert guided.unique().tolist() == [4.0]
     assert conditional.unique().tolist() == [2.0]

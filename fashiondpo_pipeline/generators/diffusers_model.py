@@ -85,7 +85,7 @@ class DiffusersModel:
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval().to(self.device)
-        others = {name: None for name in ("vae", self.denoiser_part, *self._not_needed)}
+        others = dict.fromkeys(("vae", self.denoiser_part, *self._not_needed))
         return self.pipeline_class(**parts, **others, scheduler=self.scheduler, **self._pipeline_options)
 
     _not_needed: ClassVar[tuple[str, ...]] = ()

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fashiondpo_pipeline import experts
+from fashiondpo_pipeline import diagnosis, experts
 from fashiondpo_pipeline.checkpoints import Source, open_source
 from fashiondpo_pipeline.config import Config, Pair
 from fashiondpo_pipeline.embedded import locate
@@ -126,6 +126,14 @@ class Session:
         """The steps of `rounds` rounds; `pairs` replaces the pair section of single rounds."""
         return _Builder(self, pairs or {}).chain(rounds)
 
+    def kept(self, chain: Chain) -> int:
+        """The round whose adapter is kept of those evaluated so far: the last, or under `evaluate.keep: best` the best; 0 is the base."""
+        done = [r for r in chain.rounds[1:] if self.run.done(r.evaluate)]
+        if not done or self.config.evaluate.keep == "last":
+            return done[-1].number if done else 0
+        found = {r.number: self.output(r.evaluate).manifest["numbers"] for r in done}
+        return diagnosis.best_round(found, self.config.evaluate.judge or "mix", self.config.evaluate.drift)
+
     # -- models
 
     @cached_property
@@ -169,6 +177,8 @@ class Session:
             if folder:
                 adapters.load(self._generator.denoiser, folder)
             self._adapter = folder
+            for note in getattr(self._generator, "notes", []):
+                self.say(note)
         return self._generator
 
     def forget_adapter(self) -> None:
@@ -273,7 +283,8 @@ class _Builder:
         chain = Chain(self.config, self.encode, prepared, [cast(Round, self.base(prepared))])
         for number in range(1, rounds + 1):
             self.earlier = chain.rounds[1:]
-            chain.rounds.append(self.round(number, chain.rounds[-1], chain.rounds[0], prepared))
+            best = self.session.kept(chain) if self.config.evaluate.keep == "best" and self.earlier else number - 1
+            chain.rounds.append(self.round(number, chain.rounds[best], chain.rounds[0], prepared))
         return chain
 
     def base(self, prepared: dict[str, Step]) -> Watched:

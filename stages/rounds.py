@@ -1,5 +1,6 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
+from fashiondpo_pipeline import diagnosis
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
@@ -21,16 +22,23 @@ def run(session: Session, n: int | None) -> None:
         _announce(session, chain, todo, n)
         for number in range(n + 1):
             ran = session.execute(chain.of(number))
+            if ran and session.config.evaluate.keep == "best":
+                chain = session.chain(n)  # what the next round starts from depends on how this one did
             if ran and number:
                 session.say(_sentence(session, chain, number))
         path = report.write(session, chain) if session.first else None
     if not session.first:
         return
     _table(session, chain)
-    last = chain.rounds[-1]
+    found = {r.number: session.output(r.evaluate).manifest["numbers"] for r in chain.rounds[1:]}
+    judge, drift = session.config.evaluate.judge or "mix", session.config.evaluate.drift
+    for alarm in diagnosis.of_rounds(found, drift):
+        session.say(f"alarm    {alarm.sentence}")
+    session.say(diagnosis.best_in_words(found, judge, drift))
+    kept = chain.rounds[session.kept(chain) or n]
     session.say(f"report   {path}")
-    session.say(f"adapter  {session.run.root / last.finetune.folder / 'adapter'}")
-    session.say(f'next: fdpo generate "{session.prompts["held-out"].rows[0]["prompt"]}" --round {n}')
+    session.say(f"adapter  {session.run.root / kept.finetune.folder / 'adapter'}")
+    session.say(f'next: fdpo generate "{session.prompts["held-out"].rows[0]["prompt"]}" --round {kept.number}')
 
 
 def _check_objective(session: Session) -> None:

@@ -54,6 +54,7 @@ class DiffusersModel:
         self.name = source.name
         self.device = torch.device(options.device)
         self.dtype = getattr(torch, options.dtype)
+        self.notes: list[str] = []  # what the person should know of it
         self.encodings: dict[str, Parts] = {}  # prompt -> its parts, each without a batch dimension
         diffusers_logging.disable_progress_bar()  # loading a folder takes a second; our own bars say what takes long
         transformers_logging.disable_progress_bar()
@@ -70,7 +71,9 @@ class DiffusersModel:
         if self.options.lora:
             from fashiondpo_pipeline import lora_formats
 
-            self.strangers = lora_formats.fuse(denoiser, Path(self.options.lora), self.options.lora_scale)
+            text = lora_formats.fuse(denoiser, Path(self.options.lora), self.options.lora_scale)
+            if text:
+                self.notes = [f"{self.options.lora}: its {len(text)} modules of text encoders are left out, only the denoiser's are used"]
         return denoiser.to(self.device)
 
     @cached_property

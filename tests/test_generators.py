@@ -10,14 +10,16 @@ from diffusers import StableDiffusionPipeline
 
 from fashiondpo_pipeline import adapters, testing
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.generators.text2img import Text2Image
+from fashiondpo_pipeline.generators.text2img import text2img
+from fashiondpo_pipeline.sampling import Guidance
 
 ROW = {"prompt": "a red dress"}
 
 
 def refused(*arguments, **options):
     with pytest.raises(UserError) as problem:
-        Text2Image(*arguments, **options)
+        generator = text2img(*arguments, **options)
+        assert generator.latent_shape and generator.denoiser
     return str(problem.value)
 
 
@@ -34,13 +36,13 @@ def changed(folder, target, part, **values):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_contract_holds(tiny_sd, tiny_sd_v, dtype):
     for folder in (tiny_sd, tiny_sd_v):
-        testing.check_generator(Text2Image(str(folder), dtype=dtype), ROW)
+        testing.check_generator(text2img(str(folder), dtype=dtype), ROW)
 
 
 def test_the_contract_check_finds_a_row_that_leaks_into_its_neighbour(tiny_sd):
-    generator = Text2Image(str(tiny_sd))
+    generator = text2img(str(tiny_sd))
     honest = generator.denoise
-    generator.denoise = lambda x, t, tokens: honest(x, t, tokens) + x[:1].mean()
+    generator.denoise = lambda x, t, parts: honest(x, t, parts) + x[:1].mean()
     with pytest.raises(AssertionError, match="depends on its place in the batch"):
         testing.check_generator(generator, ROW)
 
@@ -48,7 +50,7 @@ def test_the_contract_check_finds_a_row_that_leaks_into_its_neighbour(tiny_sd):
 @pytest.mark.parametrize(("wanted", "found"), [("auto", "epsilon"), ("epsilon", "epsilon"), ("auto", "v_prediction")])
 def test_the_prediction_is_the_schedulers(tiny_sd, tiny_sd_v, wanted, found):
     folder = tiny_sd if found == "epsilon" else tiny_sd_v
-    assert Text2Image(str(folder), prediction=wanted).schedule(2).prediction == found
+    assert text2img(str(folder), prediction=wanted).schedule(2).prediction == found
 
 
 def test_another_prediction_than_configured_is_refused(tiny_sd):
@@ -61,7 +63,7 @@ def test_another_prediction_than_configured_is_refused(tiny_sd):
 def test_a_prediction_nobody_knows_is_refused(tiny_sd, tmp_path):
     folder = changed(tiny_sd, tmp_path / "sd", "scheduler", prediction_type="sample")
     assert refused(str(folder)) == (
-        f"{folder} predicts 'sample'; this generator knows 'epsilon' and 'v_prediction': use another model"
+        f"{folder} predicts 'sample'; this generator knows 'epsilon' and 'v_prediction': use another model, or correct its scheduler_config.json"
     )
 
 
@@ -72,7 +74,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
 
 
 def test_an_embedded_model_that_is_not_there_is_refused():
-    assert "is not a diffusers folder (no model_index.json); name one that is" in refused("embedded:fashion_mini/nothing")
+    assert refused("embedded:fashion_mini/nothing").startswith("generator.model: there is nothing at ")
 
 
 def test_a_pipeline_without_its_weights_is_refused(tiny_sd, tmp_path):
@@ -81,7 +83,8 @@ def test_a_pipeline_without_its_weights_is_refused(tiny_sd, tmp_path):
     message = refused(str(tmp_path / "sd"))
     assert message.startswith(f"generator.model: '{tmp_path / 'sd'}' cannot be loaded (")
     assert message.endswith(
-        "); it must be a diffusers folder, or a hub id that can be reached (offline: download it elsewhere and name its folder)"
+        "); it must be a diffusers folder, a single-file checkpoint, or a hub id that can be reached (offline: run `hf download ID` where "
+        "there is a network, copy the folder here and name it; or copy the hub's cache and set HF_HOME)"
     )
 
 
@@ -104,32 +107,33 @@ def test_a_picture_size_that_is_no_multiple_is_refused(tiny_sd):
 
 
 def test_pictures_come_in_the_size_asked_for(tiny_sd):
-    generator = Text2Image(str(tiny_sd), height=24, width=16)
+    generator = text2img(str(tiny_sd), height=24, width=16)
     assert generator.latent_shape == (4, 12, 8)
-    assert generator.decode(torch.zeros(1, 4, 12, 8)).shape == (1, 24, 16, 3)
+    assert generator.decode(torch.zeros(1, 4, 12, 8))[0].shape == (1, 24, 16, 3)
 
 
 def test_prompts_are_embedded_once_and_as_stock_diffusers_does(tiny_sd):
-    generator = Text2Image(str(tiny_sd))
+    generator = text2img(str(tiny_sd))
     calls = []
-    embed = generator.pipeline.encode_prompt
-    generator.pipeline.encode_prompt = lambda prompt, *rest: calls.append(prompt) or embed(prompt, *rest)
-    condition = generator.condition([ROW, {"prompt": "a bag"}, ROW], 3.0, "ugly")
-    generator.condition([ROW], 1.0)
+    embed = generator.text.encode_prompt
+    generator.text.encode_prompt = lambda prompt, *rest: calls.append(prompt) or embed(prompt, *rest)
+    condition = generator.condition([ROW, {"prompt": "a bag"}, ROW], Guidance(3.0), "ugly")
+    generator.condition([ROW], Guidance())
     assert calls == ["a red dress", "a bag", "ugly"]
-    assert condition.tokens.shape == (2, 3, 16, 16) and condition.weights.tolist() == [3.0, -2.0]
+    tokens = condition.parts["tokens"]
+    assert tokens.shape == (2, 3, 16, 16) and condition.weights.tolist() == [3.0, -2.0]
     wanted, negative = embed("a bag", "cpu", 1, True, "ugly")
-    assert torch.equal(condition.tokens[0, 1], wanted[0]) and torch.equal(condition.tokens[1, 1], negative[0])
-    assert not condition.tokens.is_inference()  # gradients must pass
+    assert torch.equal(tokens[0, 1], wanted[0]) and torch.equal(tokens[1, 1], negative[0])
+    assert not tokens.is_inference()  # gradients must pass
 
 
 def test_a_prompt_longer_than_the_text_encoder_is_cut_not_refused(tiny_sd):
-    assert Text2Image(str(tiny_sd)).condition([{"prompt": "a very long prompt " * 20}], 1.0).tokens.shape == (1, 1, 16, 16)
+    assert text2img(str(tiny_sd)).condition([{"prompt": "a very long prompt " * 20}], Guidance()).parts["tokens"].shape == (1, 1, 16, 16)
 
 
 @pytest.mark.parametrize("alpha", [4.0, 8.0])
 def test_a_saved_adapter_draws_the_same_in_stock_diffusers(tiny_sd, tmp_path, alpha):
-    generator = Text2Image(str(tiny_sd))
+    generator = text2img(str(tiny_sd))
     adapters.attach(generator.denoiser, 4, alpha, ["to_q", "to_v"], seed=0)
     random = torch.Generator().manual_seed(1)
     for weight in adapters.parameters(generator.denoiser).values():
@@ -142,15 +146,15 @@ def test_a_saved_adapter_draws_the_same_in_stock_diffusers(tiny_sd, tmp_path, al
     with torch.no_grad():
         before = stock.unet(x, t, tokens).sample
         stock.load_lora_weights(tmp_path)
-        after, ours = stock.unet(x, t, tokens).sample, generator.denoise(x, t, tokens)
+        after, ours = stock.unet(x, t, tokens).sample, generator.denoise(x, t, {"tokens": tokens})
     assert (after - before).abs().max() > 0.01
     assert torch.allclose(after, ours, atol=1e-6)
 
 
 def test_pixels_are_rounded_to_the_nearest_not_cut(tiny_sd):
-    generator = Text2Image(str(tiny_sd))
+    generator = text2img(str(tiny_sd))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pixels = generator.pipeline.vae.decode(x / generator.pipeline.vae.config.scaling_factor).sample
+        pixels = generator.vae.decode(x / generator.vae.config.scaling_factor).sample
     wanted = ((pixels / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
-    assert np.abs(generator.decode(x) - wanted).max() <= 0.5
+    assert np.abs(generator.decode(x)[0] - wanted).max() <= 0.5

@@ -256,17 +256,22 @@ def show_config(config: ConfigFile = None, sets: Sets = None, name: RunName = No
 def init(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="where to write pipeline.yaml")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="write over an existing pipeline.yaml")] = False,
+    preset: Annotated[str | None, typer.Option("--preset", metavar="sd15|sdxl|sd35|flux", help="for a real model; default: the embedded one")] = None,
 ) -> None:
     """Write a pipeline.yaml with every knob explained; it runs as it is on the embedded default."""
-    from fashiondpo_pipeline.config import template
+    from fashiondpo_pipeline.config import template, validate
+    from fashiondpo_pipeline.presets import PRESETS
+    from fashiondpo_pipeline.registry import did_you_mean
     from fashiondpo_pipeline.workspace import replace_text
 
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"no preset called '{preset}'; {did_you_mean(preset, list(PRESETS))}")
     path = folder / "pipeline.yaml"
     if path.exists() and not force:
         raise UserError(f"{path} is there already: --force writes over it")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path, template())
-    print(f"wrote {path}; next: fdpo plan, then fdpo round")
+    replace_text(path, template(validate(PRESETS[preset], f"preset {preset}") if preset else None))
+    print(f"wrote {path}; next: " + ("your prompts into prompts.txt, then " if preset else "") + "fdpo plan, then fdpo round")
 
 
 demo = typer.Typer(help="The embedded default.", no_args_is_help=True)

@@ -10,6 +10,7 @@ import typer.core
 
 from fashiondpo_pipeline import __version__
 from fashiondpo_pipeline.errors import UserError, disk_is_full
+from fashiondpo_pipeline.processes import first_to_fail
 
 
 class Commands(typer.core.TyperGroup):
@@ -24,6 +25,7 @@ class Commands(typer.core.TyperGroup):
             _fail("interrupted: what was finished is kept; the same command goes on from there", code=130)
         except Exception as problem:
             if not disk_is_full(problem):
+                first_to_fail()  # so that the others end without a word
                 raise
             name = getattr(problem, "filename2", None) or getattr(problem, "filename", None)  # of a copy, the copy
             where = f" ({name})" if name else ""
@@ -31,7 +33,8 @@ class Commands(typer.core.TyperGroup):
 
 
 def _fail(message: str, code: int = 1) -> None:
-    print(f"fdpo: {message}", file=sys.stderr)
+    if first_to_fail():
+        print(f"fdpo: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

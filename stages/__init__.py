@@ -6,7 +6,7 @@ done, stale or missing is then a matter of looking whether its folder has a mani
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -23,6 +23,7 @@ from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.identity import hash_path
+from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, read
 from fashiondpo_pipeline.registry import GENERATORS, OBJECTIVES
 from fashiondpo_pipeline.workspace import Output, Run, Step
@@ -83,16 +84,13 @@ class Chain:
         return [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, *trained, *r.watching, r.evaluate]
 
 
-_ALONE = int(os.environ.get("WORLD_SIZE", "1")) == 1  # one process, not started by `accelerate launch`
-
-
 class Session:
     """A run being worked on: its configuration, its folder, and the models that are loaded, each once."""
 
     def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None):
-        self.config, self.say = config, say if _ALONE or os.environ.get("RANK", "0") == "0" else lambda text: None
+        self.config, self.say = config, say if self.first else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
-        self.track = track or (lambda items, text, total, done=0: items)
+        self.track = track if track and self.first else lambda items, text, total, done=0: items
         self._experts = {name: experts.make(name, e.use, e.options) for name, e in config.experts.items()}
         self._loaded: tuple[str, Any] | None = None
         self._adapter: Path | None = None
@@ -152,10 +150,8 @@ class Session:
         return wanted
 
     @cached_property
-    def processes(self) -> Any:
+    def processes(self) -> Processes:
         """The processes that work on this run together; only one in most runs."""
-        from fashiondpo_pipeline.processes import Processes
-
         return Processes(self.device)
 
     @cached_property
@@ -219,21 +215,20 @@ class Session:
     @property
     def first(self) -> bool:
         """Whether this process writes what there is one of."""
-        return _ALONE or self.processes.first
+        return rank() == 0
 
     def wait(self) -> None:
         """Wait for the other processes, if there are any."""
-        if not _ALONE:
+        if not alone():
             self.processes.wait()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run; of several processes the first holds it for all."""
-        if not self.first:
+        """Hold the run, of several processes the first for all; they part at its end."""
+        with self.run.lock() if self.first else nullcontext():
             yield
-            return
-        with self.run.lock():
-            yield
+        if not alone():
+            self.processes.close()
 
     def encodings(self, step: Step, prompts: list[str]) -> dict[str, Any]:
         """What the text encoders made of these prompts, from the run's table."""

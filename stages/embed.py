@@ -15,8 +15,8 @@ def run(session, step: Step, out: Output) -> None:
     candidates = out.input("sample")
     model, pretrained = step.args["tower"]
     tower = Tower(model, pretrained, session.device)
-    shards = candidates.shards("candidates")
-    for shard in session.track(shards, f"round {step.round} {step.name}", len(shards)):
+    mine = session.processes.mine(candidates.shards("candidates"))
+    for shard in session.track(mine, f"round {step.round} {step.name}", len(mine)):
         if out.has(shard):
             continue
         started = time.monotonic()
@@ -37,4 +37,6 @@ def run(session, step: Step, out: Output) -> None:
                     vectors[n] = vector
         columns = [table["group"], table["candidate"], pa.array(vectors, pa.list_(pa.float32()))]
         out.write(shard, time.monotonic() - started, embeddings=pa.table(columns, schema=schemas.EMBEDDINGS))
-    out.finish()
+    session.wait()
+    if session.first:
+        out.finish()

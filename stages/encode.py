@@ -14,7 +14,8 @@ def run(session, step: Step, out: Output) -> None:
     asked = {row["prompt"] for split in session.prompts.values() for row in split.rows}
     prompts = sorted(asked | {step.config["negative"], ""})  # the empty one stands for no prompt at all
     shards = {i: prompts[start : start + A_SHARD] for i, start in enumerate(range(0, len(prompts), A_SHARD))}
-    for shard, some in session.track(session.processes.mine(list(shards.items())), "encode prompts", len(shards)):
+    mine = session.processes.mine(list(shards.items()))
+    for shard, some in session.track(mine, "encode prompts", len(mine)):
         if out.has(shard):
             continue
         started = time.monotonic()

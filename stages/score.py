@@ -19,7 +19,8 @@ def run(session, step: Step, out: Output) -> None:
 
     candidates = out.input("sample")
     shards = candidates.shards("candidates")
-    for shard in session.track(shards, f"round {step.round} {step.name}", len(shards)):
+    mine = session.processes.mine(shards)
+    for shard in session.track(mine, f"round {step.round} {step.name}", len(mine)):
         if out.has(shard):
             continue
         started = time.monotonic()
@@ -36,7 +37,13 @@ def run(session, step: Step, out: Output) -> None:
         }
         out.write(shard, time.monotonic() - started, scores=pa.table(columns, schema=schemas.SCORES))
 
-    scores = out.table("scores", ["score", "reason"])
+    session.wait()
+    if session.first:
+        _finish(session, step, out, shards)
+
+
+def _finish(session, step: Step, out: Output, shards: list[int]) -> None:
+    name, scores = step.args["expert"], out.table("scores", ["score", "reason"])
     missing = [reason for reason in scores["reason"].to_pylist() if reason]
     if len(missing) == len(scores):
         for shard in shards:

@@ -4,6 +4,10 @@ import importlib
 import json
 import pickle
 import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +29,15 @@ OFFLINE = ("a diffusers folder, a single-file checkpoint, or a hub id that can b
 def open_source(model: str, revision: str | None = None, variant: str | None = None, config: str | None = None) -> "Source":
     """The source of a model by its name in the configuration."""
     where = locate(model)
-    local = model.startswith(PREFIX) or where.exists() or not HUB_ID.fullmatch(model)
-    if local and where.is_file():
+    local = model.startswith(PREFIX) or where.exists() or where.suffix in SINGLE or not HUB_ID.fullmatch(model)
+    if local and revision:
+        raise UserError(f"generator.revision {revision}: {where} lies here, where its files are what they are; "
+                        "take the revision out, it picks a commit of a hub id")
+    if config and not where.is_file():
+        raise UserError(f"generator.config {config}: {model} is no single file and has its own configuration; take it out")
+    if where.is_file():
+        if variant:
+            raise UserError(f"generator.variant {variant}: {where} is a single file, which has no variants; take it out")
         return SingleFile(model, where, config)
     if local:
         return Folder(model, where, variant)
@@ -47,7 +58,9 @@ class Source:
     @property
     def family(self) -> str:
         """diffusers' class of the pipeline. Raises UserError if no family reads it."""
-        found = self.index.get("_class_name", "")
+        found = self.index.get("_class_name")
+        if not isinstance(found, str):
+            raise UserError(f"generator.model: the model_index.json of {self.name} does not say what the model is (_class_name); get the model anew")
         if found not in FAMILIES.names():
             raise UserError(f"generator.model: {self.name} is a '{found}', for which no denoiser is known here; "
                             f"{did_you_mean(found, list(FAMILIES.names()))}")
@@ -76,18 +89,22 @@ class Source:
         """One part, loaded; None where the model goes without (a text encoder left out)."""
         raise NotImplementedError
 
-    def let_go(self) -> None:
-        """Drop what is held of parts that nobody has asked for."""
-
     def _class(self, name: str) -> Any:
-        library, kind = self.index[name]
+        entry = self.index.get(name)
+        if not (isinstance(entry, list) and len(entry) == 2):
+            raise UserError(f"generator.model: the model_index.json of {self.name} names no {name}, which a {self.family} has; get the model anew")
+        library, kind = entry
         if library not in ("diffusers", "transformers"):
             raise UserError(f"generator.model: {self.name} wants code of '{library}' for its {name}; only diffusers' and transformers' own "
                             "classes are loaded")
-        return getattr(importlib.import_module(library), kind)
+        try:
+            return getattr(importlib.import_module(library), kind)
+        except AttributeError:
+            raise UserError(f"generator.model: {self.name} wants {library}'s '{kind}' for its {name}, which the installed version does not have; "
+                            f"install a newer {library}") from None
 
     def _refuse(self, problem: Exception) -> UserError:
-        return UserError(f"generator.model: '{self.name}' cannot be loaded ({str(problem).splitlines()[0]}); it must be {OFFLINE}")
+        return UserError(f"generator.model: '{self.name}' cannot be loaded ({_gist(problem)}); it must be {OFFLINE}")
 
 
 class Folder(Source):
@@ -114,18 +131,27 @@ class Folder(Source):
         return _read_json(self.where / part / "config.json")
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
-        if self.index.get(name, [None])[0] is None:
+        if self.index.get(name, [None]) in ([None], [None, None]):
             return None
         kind = self._class(name)
         import torch
+        from safetensors import SafetensorError
 
         options: dict[str, Any] = {}
-        if issubclass(kind, torch.nn.Module):
-            options = {"dtype": dtype, "use_safetensors": True, "variant": self.variant}
+        network = issubclass(kind, torch.nn.Module)
+        if network:
+            options = {"dtype": dtype, "use_safetensors": True, "variant": self.variant, "output_loading_info": True}
         try:
-            return kind.from_pretrained(self._place, subfolder=name, **self._where_options, **options)
-        except (OSError, ValueError, RuntimeError) as problem:
+            found = kind.from_pretrained(self._place, subfolder=name, **self._where_options, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
             raise self._refuse(problem) from problem
+        if not network:
+            return found
+        whole, told = found
+        lacking = sorted(told["missing_keys"])
+        if lacking:  # both libraries would draw them at random, with no more than a warning
+            raise UserError(f"generator.model: the {name} of {self.name} lacks {len(lacking)} of its weights ({lacking[0]}); get the model anew")
+        return whole
 
     @property
     def _place(self) -> str | Path:
@@ -137,29 +163,43 @@ class Folder(Source):
 
 
 class Hub(Folder):
-    """A repository of the model hub; only what is used is downloaded."""
+    """A repository of the model hub; only what is used is downloaded, all of it of the one commit that the revision is now."""
 
     def __init__(self, name: str, revision: str | None, variant: str | None):
         Source.__init__(self, name)
         self.revision, self.variant = revision, variant
 
-    def _file(self, path: str) -> Path:
+    def _file(self, path: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.name, path, revision=self.revision))
+            return Path(hf_hub_download(self.name, path, revision=revision))
         except (OSError, ValueError) as problem:  # every hub error is one of these
             raise self._refuse(problem) from problem
 
     @cached_property
+    def _index_file(self) -> Path:
+        return self._file("model_index.json", self.revision)
+
+    @property
+    def commit(self) -> str:
+        """What the revision (without one, the main branch) stands for: the hub's cache keeps each commit in a folder of its name."""
+        return self._index_file.parent.name
+
+    @cached_property
     def index(self) -> dict:
-        return _read_json(self._file("model_index.json"))
+        return _read_json(self._index_file)
 
     def identity(self, *parts: str) -> str:
-        return f"{self.name}@{self.revision or 'main'}"
+        return f"{self.name}@{self.commit}"
 
     def config(self, part: str) -> dict:
-        return _read_json(self._file(f"{part}/config.json"))
+        return _read_json(self._file(f"{part}/config.json", self.commit))
+
+    def part(self, name: str, dtype: "torch.dtype") -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks`")  # diffusers says what the hub's client has given up
+            return super().part(name, dtype)
 
     @property
     def _place(self) -> str | Path:
@@ -167,81 +207,108 @@ class Hub(Folder):
 
     @property
     def _where_options(self) -> dict[str, Any]:
-        return {"revision": self.revision}
+        return {"revision": self.commit}
 
 
-class SingleFile(Source):
-    """One file with everything in it, as the web interfaces trade them; `config` is a diffusers folder with its configurations.
+class SingleFile(Folder):
+    """One file with everything in it, as the web interfaces trade them; `config` is a diffusers folder of the same model.
 
-    Without `config` diffusers fetches the configuration from the hub. A .ckpt is a pickle: it is read with `weights_only`, which
-    runs no code, or refused.
+    Configurations, tokenizers and the scheduler are the folder's, and so are parts that the file leaves out (many hold the
+    denoiser alone), if the folder has their weights. A .ckpt is a pickle: it is read with `weights_only`, which runs no code, or refused.
     """
 
-    def __init__(self, name: str, where: Path, config: str | None):
-        super().__init__(name)
-        self.where = where
-        self.shape = locate(config) if config else None
-        if where.suffix not in SINGLE:
-            raise UserError(f"generator.model: {where} is neither a folder nor a checkpoint ({', '.join(SINGLE)})")
-        if self.shape is None:
-            raise UserError(f"generator.model: {where} is a single file, which holds weights but not the model's configuration: name a "
-                            "diffusers folder of the same model in generator.config (its weights are not read)")
-        if not (self.shape / "model_index.json").is_file():
-            raise UserError(f"generator.config: {self.shape} is not a diffusers folder (no model_index.json); name one that is")
-
-    @cached_property
-    def index(self) -> dict:
-        assert self.shape is not None
-        return _read_json(self.shape / "model_index.json")
+    def __init__(self, name: str, file: Path, config: str | None):
+        self.file = file
+        if file.suffix not in SINGLE:
+            raise UserError(f"generator.model: {file} is neither a folder nor a checkpoint ({', '.join(SINGLE)})")
+        if config is None:
+            raise UserError(f"generator.model: {file} is a single file, which holds weights but not the model's configuration: name a "
+                            "diffusers folder of the same model in generator.config (its weights are read only for parts that the file lacks)")
+        shape = locate(config)
+        if not (shape / "model_index.json").is_file():
+            raise UserError(f"generator.config: {shape} is not a diffusers folder (no model_index.json); name one that is")
+        super().__init__(name, shape, None)
 
     def identity(self, *parts: str) -> str:
-        return hash_path(self.where, "generator.model")
-
-    def config(self, part: str) -> dict:
-        assert self.shape is not None
-        return _read_json(self.shape / part / "config.json")
-
-    def scheduler(self) -> Any:
-        return self._class("scheduler").from_pretrained(self.shape, subfolder="scheduler", local_files_only=True)
-
-    @cached_property
-    def _whole(self) -> Any:
-        import torch
-
-        pipeline = getattr(importlib.import_module("diffusers"), self.family)
-        try:
-            return pipeline.from_single_file(str(self._safe()), config=str(self.shape), local_files_only=True, dtype=torch.float32)
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as problem:
-            raise UserError(f"generator.model: {self.where} does not fit the model of generator.config ({str(problem).splitlines()[0]})") from problem
-
-    def _safe(self) -> Path:
-        """The file, once it is sure that reading it runs no code."""
-        import torch
-
-        if self.where.suffix != ".safetensors":
-            try:
-                torch.load(self.where, map_location="meta", weights_only=True, mmap=True)
-            except (pickle.UnpicklingError, RuntimeError) as problem:
-                raise UserError(f"generator.model: {self.where} is a pickle that holds more than weights ({str(problem).splitlines()[0]}): "
-                                "reading it could run code; use a .safetensors of the same model") from problem
-        return self.where
+        return f"{hash_path(self.file, 'generator.model')}+{super().identity(*parts)}"
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         import torch
+        from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-        found = getattr(self._whole, name, None)
-        return found.to(dtype) if isinstance(found, torch.nn.Module) else found
+        if self.index.get(name, [None]) in ([None], [None, None]):
+            return None
+        if not issubclass(self._class(name), torch.nn.Module):
+            return super().part(name, dtype)
+        self._check_safe()
+        pipeline = getattr(importlib.import_module("diffusers"), self.family)
+        others = {other: None for other, entry in self.index.items() if isinstance(entry, list) and other not in (name, "scheduler")}
+        try:
+            with _quiet():
+                whole = pipeline.from_single_file(str(self.file), config=str(self.where), local_files_only=True, dtype=dtype, **others)
+        except SingleFileComponentError as problem:
+            return self._part_of_folder(name, dtype, problem)
+        except NotImplementedError as problem:  # diffusers leaves a weight that it did not find without values, and stumbles over it
+            raise self._unfit("weights are missing") from problem
+        except (OSError, ValueError, KeyError, IndexError, RuntimeError, TypeError, AttributeError) as problem:
+            raise self._unfit(_gist(problem)) from problem
+        found = getattr(whole, name)
+        lacking = [weight for weight, values in found.named_parameters() if values.is_meta]
+        if lacking:
+            raise self._unfit(f"its {name} lacks {len(lacking)} weights, such as {lacking[0]}")
+        return found
 
-    def let_go(self) -> None:
-        self.__dict__.pop("_whole", None)
+    def _part_of_folder(self, name: str, dtype: "torch.dtype", problem: Exception) -> Any:
+        if not any((self.where / name).glob("*.safetensors*")):
+            raise UserError(f"generator.model: there is no {name} in {self.file}, and no weights of one in {self.where / name}; "
+                            "use a checkpoint with all parts, or name a whole folder in generator.config") from problem
+        return super().part(name, dtype)
+
+    def _unfit(self, reason: str) -> UserError:
+        return UserError(f"generator.model: {self.file} does not fit the {self.family} of generator.config ({reason}); "
+                         "name a folder of the same model, or get the file anew")
+
+    def _check_safe(self) -> None:
+        """Raises UserError if the file is damaged, or if reading it could run code."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if self.file.suffix == ".safetensors":
+                with safe_open(self.file, framework="pt"):
+                    return
+            torch.load(self.file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(self.file))
+        except pickle.UnpicklingError as problem:
+            raise UserError(f"generator.model: {self.file} holds something other than weights, and reading such a pickle can run code: "
+                            "use a .safetensors of the same model") from problem
+        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
+            raise UserError(f"generator.model: {self.file} is cut off or damaged ({_gist(problem)}); get it anew") from problem
+
+
+def _gist(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' word that no module of a model must stay in float32."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"generator.model: {path} is missing; the model is not whole") from None
+        raise UserError(f"generator.model: {path} is missing; the model is not whole, get it anew") from None
     except ValueError as problem:
         raise UserError(f"generator.model: {path} is damaged ({problem}); get the model anew") from problem
+    if not isinstance(found, dict):
+        raise UserError(f"generator.model: {path} is damaged (no JSON object); get the model anew")
+    return found

@@ -102,7 +102,6 @@ class DiffusersModel:
         """Drop "text", "vae" or "denoiser" from memory; it is loaded again when used."""
         for part in parts:
             self.__dict__.pop(part, None)
-        self.source.let_go()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -66,7 +66,7 @@ class Generator(Section):
         description="diffusers folder, hub id, or single-file checkpoint (with config); embedded:NAME travels with the package",
     )
     config: str | None = Field(
-        None, description="a single-file checkpoint's configuration: a diffusers folder of the same model; its weights are read only for parts that the file lacks"
+        None, description="a single-file checkpoint's configuration: a diffusers folder of the same model, also for parts it lacks"
     )
     revision: str | None = Field(None, description="commit or tag of a hub id; pin it, a branch can move")
     variant: str | None = Field(None, description="weights' variant in the folder, such as fp16")

@@ -62,7 +62,7 @@ class Store:
 
     def room(self, rows: int) -> None:
         """Say how many candidates there will be."""
-        self._rows = rows
+        self.rows = rows
 
     def gather(self, tables: Iterable[pa.Table], wanted: set[Place], prompts: dict[str, str], suffix: str = "") -> None:
         """Copy what is wanted of some trajectory tables; `suffix` tells the groups of an earlier round from this one's."""
@@ -110,7 +110,7 @@ class Store:
                 self._arrays["prediction"][n, i] = codecs.decode_half([row["prediction"][at]], shape)[0]
 
     def _make(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-        shape = (self._rows, *shape)
+        shape = (self.rows, *shape)
         if math.prod(shape) * np.dtype(dtype).itemsize > IN_MEMORY:
             self._arrays[name] = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
         else:
@@ -283,9 +283,9 @@ class Store:
             replace_bytes(path, buffer.getvalue())
         return numbers
 
-    def kept_predictions(self, rows: np.ndarray, columns: np.ndarray) -> Tensor | None:
-        """The sampling model's predictions, where the sample stage kept them."""
-        return self._tensor("prediction", rows, columns) if "prediction" in self._arrays else None
+    def kept_predictions(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+        """The sampling model's predictions, which the sample stage kept: see `keeps_predictions`."""
+        return self._tensor("prediction", rows, columns)
 
 
 def _led_to(row: dict, at: int) -> bytes:

@@ -124,6 +124,11 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def signals_of(terms: list[Term], either: str) -> list[str]:
+    """What the gains of these objectives are made of, the first term's first; `either` decides where an objective can take both."""
+    return list(dict.fromkeys(either if term.objective.signal == "either" else term.objective.signal for term in terms))
+
+
 _COUNTS = ("accuracy", "margin", "winner", "loser", "pairs")  # what is summed for each column
 
 

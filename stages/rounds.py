@@ -43,10 +43,11 @@ def run(session: Session, n: int | None) -> None:
 
 def _check_objective(session: Session) -> None:
     """Raises UserError if the candidates will lack what finetuning needs of them: now, not after hours of sampling."""
-    from stages.finetune import signals_of, terms_of  # here, as torch takes longer to import than `fdpo status` runs
+    from fashiondpo_pipeline.training import signals_of
+    from stages.finetune import terms_of  # here, as torch takes longer to import than `fdpo status` runs
 
     knobs, sample = session.config.finetune, session.config.sample
-    if "log_prob" in signals_of(terms_of(knobs), knobs):
+    if "log_prob" in signals_of(terms_of(knobs), knobs.signal):
         if sample.eta == 0:
             raise UserError(f"finetune.objective {knobs.objective} needs log-probabilities, which sample.eta 0 does not give: "
                             "raise sample.eta, use diffusion_dpo, or set finetune.signal to error")

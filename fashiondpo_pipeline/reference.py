@@ -24,6 +24,7 @@ class Reference:
         kind = knobs.reference
         self.is_policy = kind in ("previous", "ema") or first
         self.rows_before = self.rows_in_training = 0
+        self.rows_at_once = knobs.micro_batch  # less where memory has run out
         compares = any("ref_prediction" in term.objective.needs for term in terms)
         kept = store.keeps_predictions and self.is_policy and not len(replayed)
         self.live = kind == "ema" or (compares and not kept)
@@ -58,7 +59,7 @@ class Reference:
         asked = self.store.rows_without_gradient
         moving = self.knobs.reference in ("previous", "ema") or self.first
         with torch.no_grad(), holding(self.weights, self.start) if moving else self._model():
-            pieces = [slice(start, start + self.knobs.micro_batch) for start in range(0, len(rows), self.knobs.micro_batch)]
+            pieces = [slice(start, start + self.rows_at_once) for start in range(0, len(rows), self.rows_at_once)]
             said = [self.store.predict(rows[piece], columns[piece]) for piece in pieces]
             predictions = tuple(torch.cat(parts) for parts in zip(*said, strict=True))
             signals = self.store.signals_of(rows, columns, self.store.spot(rows, columns), predictions)

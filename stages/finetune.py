@@ -80,7 +80,7 @@ def run(session, step: Step, out: Output) -> None:
                 )
                 break
             except (RuntimeError, MemoryError) as problem:
-                micro_batch = _smaller(problem, min(micro_batch, _most_rows(units)), session, step)
+                micro_batch = reference.rows_at_once = _smaller(problem, min(micro_batch, _most_rows(units)), session, step)
         processes.total_gradients(list(weights.values()))
         _total(tally, processes)
         if number == 0 and reference.is_policy:

@@ -6,7 +6,6 @@ adapter off, through the reference. In float64 nothing but a mistake can make th
 
 import math
 from collections import Counter
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fashiondpo_pipeline import adapters, config, diffusion, seeds
-from fashiondpo_pipeline.generators.text2img import Text2Image
-from fashiondpo_pipeline.objectives import diffusion_dpo, step_dpo
-from fashiondpo_pipeline.training import Batch, Group, Unit, accumulate, groups_of, micro_batches, schedule_of
-from stages import Session
-from stages.finetune import Store
+from fashiondpo_pipeline import adapters, diffusion
+from fashiondpo_pipeline.generators.text2img import text2img
+from fashiondpo_pipeline.objectives import BUILTIN, DIFFUSION_DPO, STEP_DPO, Evidence
+from fashiondpo_pipeline.sampling import Guidance
+from fashiondpo_pipeline.training import Batch, Group, Term, Unit, accumulate, groups_of, holding, micro_batches, out_of_memory, repick, schedule_of
 
 BETA = 300.0
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -51,73 +49,109 @@ def randomise(denoiser, seed=1):
 class Tiny:
     """Twelve candidates with paths of their own on the tiny UNet in float64; counts what goes through the UNet."""
 
-    def __init__(self, folder, guidance):
-        self.generator = Text2Image(str(folder))
-        self.denoiser = self.generator.denoiser
+    def __init__(self, folder, guidance, dtype=torch.float64):
+        self.generator = text2img(str(folder))
+        self.generator.dtype, self.denoiser = dtype, self.generator.denoiser
         adapters.attach(self.denoiser, 2, 2.0, TARGETS, seed=0)
-        self.denoiser.double()
+        self.denoiser.to(dtype)
         randomise(self.denoiser)
         random = torch.Generator().manual_seed(0)
         shape = (len(GROUPS) * K, COLUMNS, *self.generator.latent_shape)
         self.schedule = self.generator.schedule(COLUMNS)
-        self.x_t, self.x_prev = torch.randn(2, *shape, generator=random, dtype=torch.float64)
-        self.x_0 = torch.randn(shape[0], *shape[2:], generator=random, dtype=torch.float64)
-        self.condition = self.generator.condition([{"prompt": f"picture {i // K}"} for i in range(shape[0])], guidance)
+        self.x_t, self.x_prev = torch.randn(2, *shape, generator=random, dtype=torch.float64).to(dtype)
+        self.x_0 = torch.randn(shape[0], *shape[2:], generator=random, dtype=torch.float64).to(dtype)
+        self.score = torch.randn(shape[0], generator=random, dtype=torch.float64)
+        self.condition = self.generator.condition([{"prompt": f"picture {i // K}"} for i in range(shape[0])], Guidance(guidance))
         self.counts = Counter()
+        self.kept = None
 
     def predict(self, rows, columns):
         """Guided and conditional prediction, written out."""
         t = self.schedule.timesteps[columns]
-        x_t = self.x_t[rows, columns]
-        branches = [self.generator.denoise(x_t, t, tokens[rows]) for tokens in self.condition.tokens.double()]
+        branches = [self.generator.denoise(self.x_t[rows, columns], t, {"tokens": tokens[rows]}) for tokens in self.condition.parts["tokens"]]
         self.counts["calls"] += 1
         self.counts["rows"] += len(rows)
-        guided = sum(weight * branch for weight, branch in zip(self.condition.weights.double(), branches, strict=True))
-        return guided, branches[0], x_t, t
+        guided = sum(weight * branch for weight, branch in zip(self.condition.weights.tolist(), branches, strict=True))
+        return guided, branches[0]
 
-    def log_prob(self, rows, columns):
-        guided, _, x_t, t = self.predict(rows, columns)
-        mean, sigma = diffusion.ddim_mean(self.schedule, guided, x_t, t, 1.0), diffusion.ddim_sigma(self.schedule, t, 1.0)
+    def wanted(self, rows, columns):
+        t = self.schedule.timesteps[columns]
+        eps = diffusion.noise_between(self.schedule, self.x_0[rows], self.x_t[rows, columns], t)
+        return diffusion.target(self.schedule, self.x_0[rows], eps, t)
+
+    def signal(self, name, rows, columns, predictions):
+        """ln p of the step taken, a mean over dimensions, or the squared error."""
+        t, x_t = self.schedule.timesteps[columns], self.x_t[rows, columns]
+        if name == "error":
+            return diffusion.squared_error(predictions[1], self.wanted(rows, columns))
+        mean, sigma = self.schedule.mean(predictions[0], x_t, t, 1.0), self.schedule.std(t, 1.0)
         return diffusion.log_prob(mean, sigma, self.x_prev[rows, columns]) / x_t[0].numel()
 
-    def error(self, rows, columns):
-        _, conditional, x_t, t = self.predict(rows, columns)
-        eps = diffusion.noise_between(self.schedule, self.x_0[rows], x_t, t)
-        return diffusion.squared_error(conditional, diffusion.target(self.schedule, self.x_0[rows], eps, t))
+    def evidence(self, name, reference):
+        """What the library asks for: evidence of a batch, with everything that any objective reads."""
+        def of(batch, predictions):
+            rows, columns = batch.rows, batch.columns
+            own = {kind: self.signal(kind, rows, columns, predictions) for kind in ("log_prob", "error")}
+            ref = {kind: values[rows, columns] for kind, values in reference.items()}
+            gain = own[name] - ref[name] if name == "log_prob" else (ref[name] - own[name]) / 2
+            return {name: Evidence(
+                gain, batch.winner, batch.loser, batch.unit, score=self.score[rows], opinions=self.score[rows, None], error=own["error"],
+                ref_error=ref["error"], prediction=predictions[1], ref_prediction=ref["prediction"], wanted=self.wanted(rows, columns),
+            )}
 
-    def cached(self, signal):
-        """The reference's signal at every place, gathered once with the adapter off."""
+        return of
+
+    def cached(self):
+        """What the reference says at every place, gathered once with the adapter off."""
+        if self.kept:
+            return self.kept
+        found = {"log_prob": [], "error": [], "prediction": []}
         with torch.no_grad(), adapters.disabled(self.denoiser):
-            return torch.stack([signal(np.arange(len(self.x_0)), np.full(len(self.x_0), c)) for c in range(COLUMNS)], 1)
+            for column in range(COLUMNS):
+                rows, columns = np.arange(len(self.x_0)), np.full(len(self.x_0), column)
+                predictions = self.predict(rows, columns)
+                found["prediction"].append(predictions[1])
+                for name in ("log_prob", "error"):
+                    found[name].append(self.signal(name, rows, columns, predictions))
+        self.kept = {name: torch.stack(values, 1) for name, values in found.items()}
+        return self.kept
 
     def gradients(self):
         return {name: weight.grad.clone() for name, weight in adapters.parameters(self.denoiser).items()}
 
 
-@pytest.fixture(scope="module", params=[("epsilon", 1.0), ("v_prediction", 3.0)], ids=["epsilon", "v guided"])
-def tiny(request, tiny_sd, tiny_sd_v):
-    prediction, guidance = request.param
-    return Tiny(tiny_sd if prediction == "epsilon" else tiny_sd_v, guidance)
+@pytest.fixture(scope="module")
+def plain(tiny_sd):
+    return Tiny(tiny_sd, 1.0)
 
 
-def grouped(tiny, objective, micro_batch=64):
+@pytest.fixture(scope="module", params=["epsilon", "v guided"])
+def tiny(request, plain, tiny_sd_v):
+    return plain if request.param == "epsilon" else Tiny(tiny_sd_v, 3.0)
+
+
+@pytest.fixture(scope="module")
+def single(tiny_sd):
+    """The same in single precision."""
+    return Tiny(tiny_sd, 3.0, torch.float32)
+
+
+def grouped(tiny, *objectives, micro_batch=64):
     """Gradients as the library makes them: accumulate over groups with a cached reference."""
-    name, loss, higher = objective
-    signal = getattr(tiny, name)
-    reference = tiny.cached(signal)
+    terms = [Term(objective) for objective in objectives]
+    name = objectives[0].signal if objectives[0].signal != "either" else "log_prob"
+    reference = tiny.cached()
     tiny.denoiser.zero_grad()
     tiny.counts.clear()
-    tally = accumulate(
-        UNITS, micro_batch, lambda batch: (signal(batch.rows, batch.columns), reference[batch.rows, batch.columns]),
-        partial(loss, beta=BETA), higher,
-    )
+    tally = accumulate(UNITS, micro_batch, tiny.predict, tiny.evidence(name, reference), terms, BETA, columns=COLUMNS)
     return tiny.gradients(), tally
 
 
 def pair_by_pair(tiny, objective):
     """Gradients of the plain loop; the losses are written out again, from the papers."""
-    name, _, higher = objective
-    signal = getattr(tiny, name)
+    def signal(row, at):
+        return tiny.signal(objective.signal, row, at, tiny.predict(row, at))
+
     tiny.denoiser.zero_grad()
     pairs = [(unit.group.rows[won], unit.group.rows[lost], unit.column)
              for unit in UNITS for won, lost in zip(unit.group.winner, unit.group.loser, strict=True)]
@@ -128,14 +162,14 @@ def pair_by_pair(tiny, objective):
         with torch.no_grad(), adapters.disabled(tiny.denoiser):
             reference = [signal(np.array([row]), at) for row in (winner, loser)]
         change = [p - r for p, r in zip(policy, reference, strict=True)]
+        higher = objective.signal == "log_prob"
         loss = -F.logsigmoid(BETA * (change[0] - change[1]) if higher else -BETA / 2 * (change[0] - change[1])).sum()
         (loss / len(pairs)).backward()
         losses.append(loss.item())
     return tiny.gradients(), losses
 
 
-STEP, ERROR = ("log_prob", step_dpo, True), ("error", diffusion_dpo, False)
-both_objectives = pytest.mark.parametrize("objective", [STEP, ERROR], ids=["step_dpo", "diffusion_dpo"])
+both_objectives = pytest.mark.parametrize("objective", [STEP_DPO, DIFFUSION_DPO], ids=["step_dpo", "diffusion_dpo"])
 
 
 def assert_equal_gradients(first, second, tolerance=1e-9):
@@ -149,170 +183,167 @@ def assert_equal_gradients(first, second, tolerance=1e-9):
 def test_grouped_gradients_with_a_cached_reference_are_those_of_the_pair_loop_with_a_live_one(tiny, objective):
     """Thirteen pairs are 52 evaluations in the pair loop; in groups they are the 4 + 4 + 2 + 3 candidates, once each."""
     ours, tally = grouped(tiny, objective)
-    assert tiny.counts["rows"] == tally.rows == 13
+    assert tiny.counts["rows"] == tally.sums["rows"] == 13
     tiny.counts.clear()
     theirs, losses = pair_by_pair(tiny, objective)
     assert tiny.counts["rows"] == 52
     assert_equal_gradients(ours, theirs)
-    assert tally.pairs == len(losses) == 13
+    assert tally.sums["pairs"] == len(losses) == 13
     assert tally.means()["loss"] == pytest.approx(np.mean(losses), rel=1e-9)
 
 
 @both_objectives
 def test_the_size_of_a_micro_batch_changes_no_gradient(tiny, objective):
-    whole, tally = grouped(tiny, objective)
-    for micro_batch in (1, 4, 6):
-        pieces, same = grouped(tiny, objective, micro_batch)
+    whole, _ = grouped(tiny, objective)
+    for micro_batch in (1, 3, 4):
+        assert_equal_gradients(whole, grouped(tiny, objective, micro_batch=micro_batch)[0])
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_the_size_of_a_micro_batch_changes_no_objectives_gradient_and_no_figure(plain, name):
+    """With 3 rows at once the two units of four go through twice, with 1 everything does."""
+    whole, tally = grouped(plain, BUILTIN[name])
+    for micro_batch, rows in ((1, 26), (3, 13 + 8)):
+        pieces, same = grouped(plain, BUILTIN[name], micro_batch=micro_batch)
+        assert plain.counts["rows"] == rows
         assert_equal_gradients(whole, pieces)
-        assert same.means() == pytest.approx(tally.means(), rel=1e-9)
+        assert same.means() == pytest.approx(tally.means(), rel=1e-9, nan_ok=True)
+        assert torch.allclose(same.by_column, tally.by_column, rtol=1e-9)
 
 
-def test_a_whole_step_in_one_micro_batch_is_one_call(tiny):
-    grouped(tiny, STEP, micro_batch=13)
-    assert tiny.counts["calls"] == 1
+@pytest.mark.parametrize("name", ["step_dpo", "diffusion_dpo", "dgpo", "nft"])
+def test_the_size_of_a_micro_batch_changes_a_gradient_in_single_precision_by_rounding_alone(single, name):
+    whole, _ = grouped(single, BUILTIN[name])
+    for micro_batch in (1, 3):
+        assert_equal_gradients(whole, grouped(single, BUILTIN[name], micro_batch=micro_batch)[0], 1e-2)
+
+
+def test_a_mix_of_objectives_has_the_sum_of_their_gradients(plain):
+    mixed, _ = grouped(plain, STEP_DPO, BUILTIN["sft"], BUILTIN["dgpo"], micro_batch=3)
+    parts = [grouped(plain, STEP_DPO)[0]]
+    for name in ("sft", "dgpo"):
+        both, _ = grouped(plain, STEP_DPO, BUILTIN[name])
+        parts.append({key: both[key] - parts[0][key] for key in both})
+    assert_equal_gradients(mixed, {key: sum(part[key] for part in parts) for key in mixed})
+
+
+@pytest.mark.parametrize("name", ["step_dpo", "kto", "dgpo"])
+def test_shares_of_a_step_add_up_to_the_whole(plain, name):
+    """As several processes do: each takes its units, and divides by what all of them count."""
+    terms, reference = [Term(BUILTIN[name])], plain.cached()
+    whole, tally = grouped(plain, BUILTIN[name])
+    plain.denoiser.zero_grad()
+    losses = [
+        accumulate(mine, 64, plain.predict, plain.evidence("log_prob", reference), terms, BETA, columns=COLUMNS, counted=UNITS).sums["loss"]
+        for mine in (UNITS[::2], UNITS[1::2])
+    ]
+    assert_equal_gradients(whole, plain.gradients())
+    assert sum(losses) == pytest.approx(tally.sums["loss"], rel=1e-9)
+
+
+def test_checkpointing_recomputes_activations_to_the_same_gradients(plain):
+    whole, _ = grouped(plain, STEP_DPO)
+    plain.denoiser.train()  # diffusers checkpoints in training mode alone; nothing in these models differs in it otherwise
+    plain.denoiser.enable_gradient_checkpointing()
+    try:
+        recomputed, _ = grouped(plain, STEP_DPO)
+    finally:
+        plain.denoiser.disable_gradient_checkpointing()
+        plain.denoiser.eval()
+    assert_equal_gradients(whole, recomputed)
+
+
+def test_a_loss_scale_takes_part_in_every_piece(plain):
+    """What a gradient scaler multiplies a loss with must be in each gradient, whichever way the batch went."""
+    reference = plain.cached()
+    terms, evidence = [Term(STEP_DPO)], plain.evidence("log_prob", reference)
+    whole, _ = grouped(plain, STEP_DPO)
+    for micro_batch in (64, 3):
+        plain.denoiser.zero_grad()
+        accumulate(UNITS, micro_batch, plain.predict, evidence, terms, BETA, columns=COLUMNS, backward=lambda loss: (8 * loss).backward(), scale=8.0)
+        assert_equal_gradients({name: 8 * gradient for name, gradient in whole.items()}, plain.gradients())
+
+
+def test_a_whole_step_in_one_micro_batch_is_one_call(plain):
+    grouped(plain, STEP_DPO, micro_batch=13)
+    assert plain.counts["calls"] == 1
+
+
+def told(policy, reference, *pairs, objective=STEP_DPO, ratio_clip=None):
+    """The tally of one group whose network says these numbers."""
+    units = [Unit(group("a", list(range(len(policy))), *pairs), 0)]
+    policy = torch.tensor(policy, requires_grad=True)
+
+    def evidence(batch, predictions):
+        gain = predictions[0] - reference if objective.signal == "log_prob" else (reference - predictions[0]) / 2
+        errors = {"error": predictions[0], "ref_error": reference} if objective.signal == "error" else {}
+        return {objective.signal: Evidence(gain, batch.winner, batch.loser, batch.unit, **errors)}
+
+    reference = torch.tensor(reference)
+    return accumulate(units, 8, lambda rows, columns: (policy[rows],), evidence, [Term(objective)], 1.0, columns=1, ratio_clip=ratio_clip)
 
 
 def test_the_tally_is_what_it_is_by_hand():
     """One group, gains 2, 0 and 1 over the reference; pairs (0 beats 1), (1 beats 2), (2 beats 2's twin): margins 2, -1, 0."""
-    units = [Unit(group("a", [0, 1, 2, 3], (0, 1), (1, 2), (2, 3)), 0)]
-    policy = torch.tensor([2.0, 0.0, 1.0, 1.0], requires_grad=True)
-    tally = accumulate(units, 8, lambda batch: (policy, torch.zeros(4)), partial(step_dpo, beta=1.0), True)
+    tally = told([2.0, 0.0, 1.0, 1.0], [0.0] * 4, (0, 1), (1, 2), (2, 3), ratio_clip=1.5)
     means = tally.means()
     assert means["margin"] == pytest.approx(1 / 3)
     assert means["accuracy"] == pytest.approx(1.5 / 3)  # one right, one wrong, one tie that counts half
     assert means["winner"] == pytest.approx(1.0) and means["loser"] == pytest.approx(2 / 3)
+    assert means["clipped"] == pytest.approx(1 / 3)  # the first winner alone is beyond 1.5
+    assert means["factor"] == pytest.approx(sum(1 / (1 + math.exp(margin)) for margin in (2, -1, 0)) / 3)
     wanted = sum(math.log(1 + math.exp(-margin)) for margin in (2, -1, 0)) / 3
     assert means["loss"] == pytest.approx(wanted, rel=1e-6)
     assert tally.widest == 2.0
+    assert tally.by_column.tolist() == [pytest.approx([1.5, 1.0, 3.0, 2.0, 3.0])]
 
 
-def test_gains_are_less_error_where_less_is_better():
-    units = [Unit(group("a", [0, 1], (0, 1)), 0)]
-    policy = torch.tensor([1.0, 5.0], requires_grad=True)
-    tally = accumulate(units, 8, lambda batch: (policy, torch.tensor([2.0, 4.0])), partial(diffusion_dpo, beta=1.0), False)
-    assert (tally.means()["winner"], tally.means()["loser"]) == (1.0, -1.0)
+def test_gains_are_half_the_error_that_went_and_rises_are_errors_that_came():
+    means = told([1.0, 5.0], [2.0, 4.0], (0, 1), objective=DIFFUSION_DPO).means()
+    assert (means["winner"], means["loser"]) == (0.5, -0.5)
+    assert (means["winner_error"], means["loser_error"]) == (-1.0, 1.0)
 
 
-# -- the stage's own store: what it reads from disk is what the pair loop computes live
-
-
-CONFIG = """
-name: t
-generator: {{model: {sd}}}
-prompts: {{file: {folder}/prompts.txt, held_out: 0.3}}
-sample: {{candidates: 4, steps: 4, tile: 8, guidance: {guidance}}}
-experts: {{bright: {{use: "fashiondpo_pipeline.testing:Brightness"}}}}
-pair: {{weights: {{bright: 1.0}}}}
-finetune: {{epochs: 1, groups: 2, timesteps: 2, beta: {beta}, rank: 2, learning_rate: 0.05, {knobs}}}
-evaluate: {{judge: bright, pictures: 2}}
-machine: {{device: cpu}}
-"""
-
-
-class Silent:
-    """A run on tiny models whose denoiser computes in float64, so that nothing but the rounding of x_t to fp16 is left."""
-
-    def __init__(self, folder, sd, guidance, knobs, rounds):
-        (folder / "prompts.txt").write_text("\n".join(f"a {c} {k}" for c in ("red", "blue") for k in ("dress", "boot", "bag")))
-        text = CONFIG.format(sd=sd, folder=folder, guidance=guidance, knobs=knobs, beta=BETA)
-        self.session = Session(config.load(None, text=text), folder / "run", say=lambda text: None)
-        self.session.generator().denoiser.double()
-        self.chain = self.session.chain(rounds)
-        self.step = self.chain.rounds[rounds].finetune
-        done = {step.fingerprint for step in self.chain.of(rounds)}
-        steps = [step for step in self.chain.steps if step.fingerprint not in done]
-        self.session.execute([*steps, *self.chain.of(rounds)[: self.chain.of(rounds).index(self.step)]])
-
-    def store(self, base):
-        generator = self.session.generator(self.step.inputs.get("adapter"))
-        out = self.session.run.output(self.step)
-        out.open()
-        knobs = self.session.config.finetune
-        from fashiondpo_pipeline.registry import OBJECTIVES
-
-        store = Store(out, self.step, knobs, OBJECTIVES.find(knobs.objective), generator, self.session)
-        return generator, store, store.reference(generator, base=base)
-
-
-def pair_loop(generator, store, objective, off):
-    """As above, with the store's own signal for one row at a time; the reference is live: `off` turns the policy into it."""
-    losses = []
-    for unit in units_of(store):
-        for won, lost in zip(unit.group.winner, unit.group.loser, strict=True):
-            at = np.array([unit.column])
-            rows = [np.array([row]) for row in (unit.group.rows[won], unit.group.rows[lost])]
-            policy = [store.signal(generator, row, at) for row in rows]
-            with torch.no_grad(), off():
-                reference = [store.signal(generator, row, at) for row in rows]
-            gap = (policy[0] - reference[0]) - (policy[1] - reference[1])
-            losses.append(-F.logsigmoid(BETA * gap if objective == "step_dpo" else -BETA / 2 * gap).sum())
-    torch.stack(losses).mean().backward()
-    return {name: weight.grad.clone() for name, weight in adapters.parameters(generator.denoiser).items()}
-
-
-def units_of(store):
-    return [Unit(found, column) for found in store.groups[:2] for column in range(min(store.columns, 2))]
+# -- memory, and a reference kept beside the policy
 
 
 @pytest.mark.parametrize(
-    ("objective", "guidance", "knobs"),
+    ("problem", "is_it"),
     [
-        ("step_dpo", 1.0, ""),
-        ("step_dpo", 3.0, ""),
-        ("step_dpo", 1.0, "step_weight: density"),
-        ("diffusion_dpo", 3.0, ""),
-        ("diffusion_dpo", 1.0, "min_snr: 5.0"),
-        ("diffusion_dpo", 1.0, "noise: fresh, draws: 3, min_snr: 5.0"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("not this"), False),
     ],
 )
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_store_caches_the_reference_that_a_live_forward_gives(
-    tmp_path, tiny_sd, tiny_sd_v, objective, guidance, knobs, prediction
-):
-    """Round 1: the candidates' own sampler is the base, so its record is what a forward with the adapter off says."""
-    sd = tiny_sd if prediction == "epsilon" else tiny_sd_v
-    run = Silent(tmp_path, sd, guidance, f"objective: {objective}, {knobs}", rounds=1)
-    generator, store, reference = run.store(base=False)
-    assert store.reference_rows == (reference.size if "fresh" in knobs else 0)
-    adapters.attach(generator.denoiser, 2, 2.0, TARGETS, seed=0)
-    generator.denoiser.double()
-    randomise(generator.denoiser)
-
-    def signal(batch):
-        return store.signal(generator, batch.rows, batch.columns), torch.from_numpy(reference[batch.rows, batch.columns])
-
-    loss = partial(store.objective.loss, beta=BETA)
-    accumulate(units_of(store), 64, signal, loss, objective == "step_dpo")
-    ours = {name: weight.grad.clone() for name, weight in adapters.parameters(generator.denoiser).items()}
-    generator.denoiser.zero_grad()
-    # latents are float32 on their way in and out of the denoiser, hence no more than single precision here
-    assert_equal_gradients(ours, pair_loop(generator, store, objective, partial(adapters.disabled, generator.denoiser)), 1e-4)
+def test_memory_that_ran_out_is_told_from_mistakes(problem, is_it):
+    assert out_of_memory(problem) == is_it
 
 
-@pytest.mark.parametrize("base", [True, False])
-def test_in_round_two_the_reference_is_the_round_before_or_the_base(tmp_path, tiny_sd, base):
-    """`previous` is the sampler's record; `base` costs one pass, and is what the denoiser says with its adapter off."""
-    run = Silent(tmp_path, tiny_sd, 1.0, f"reference: {'base' if base else 'previous'}", rounds=2)
-    generator, store, reference = run.store(base=base)
-    rows = np.concatenate([g.rows for g in store.groups])
-    with torch.no_grad():
-        policy = torch.stack([store.signal(generator, rows, np.full(len(rows), c)) for c in range(store.columns)], 1)
-        with adapters.disabled(generator.denoiser):
-            off = torch.stack([store.signal(generator, rows, np.full(len(rows), c)) for c in range(store.columns)], 1)
-    assert (policy - off).abs().max() > 1e-3
-    assert np.allclose(reference[rows], off if base else policy, rtol=0, atol=1e-6)
-    assert store.reference_rows == (len(rows) * store.columns if base else 0)
+def test_held_weights_stand_in_for_a_while_and_come_back_even_after_an_error():
+    weights = {"a": torch.nn.Parameter(torch.tensor([1.0]))}
+    own = weights["a"].data
+    with pytest.raises(KeyError), holding(weights, {"a": torch.tensor([5.0])}):
+        assert weights["a"].item() == 5.0
+        raise KeyError
+    assert weights["a"].data_ptr() == own.data_ptr() and weights["a"].item() == 1.0
+    with holding(weights, None):
+        assert weights["a"].item() == 1.0
 
 
-@pytest.mark.parametrize("weight", ["equal", "density"])
-def test_every_step_weighs_alike_unless_the_bare_density_is_asked_for(tmp_path, tiny_sd, weight):
-    run = Silent(tmp_path, tiny_sd, 1.0, f"step_weight: {weight}", rounds=1)
-    _, store, _ = run.store(base=False)
-    sensitivity = diffusion.ddim_sensitivity(store.schedule, torch.from_numpy(store._timesteps), 1.0).numpy()
-    size = math.prod(store.generator.latent_shape)
-    wanted = np.full(store.columns, np.median(sensitivity)) if weight == "equal" else sensitivity
-    assert store._scale * sensitivity * size == pytest.approx(wanted)
-    assert sensitivity.max() / sensitivity.min() > 5
+def test_columns_picked_by_weight_are_those_of_weight_without_repetition_and_keyed():
+    units = [Unit(g, column) for g in GROUPS[:2] for column in (0, 1)]
+    weights = np.array([0.05, 0.0, 0.5, 0.45])
+    picked = [repick(units, weights, 7, "pick", 1, number) for number in range(200)]
+    for found in picked:
+        assert [u.group.name for u in found] == ["a", "a", "b", "b"]
+        assert len({(u.group.name, u.column) for u in found}) == 4
+        assert 1 not in {u.column for u in found}
+    often = Counter(u.column for found in picked for u in found)
+    assert often[2] > often[3] > 3 * often[0]
+    assert picked[3] == repick(units, weights, 7, "pick", 1, 3)
 
 
 # -- the order of things
@@ -384,16 +415,3 @@ def test_a_batch_keeps_the_pairs_of_each_unit_among_its_own_rows():
               for u in UNITS for won, lost in zip(u.group.winner, u.group.loser, strict=True)}
     assert found == wanted
     assert batch.columns.tolist() == [0] * 4 + [2] * 4 + [1] * 2 + [0] * 3
-
-
-def test_fresh_noise_is_shared_within_a_group_and_spread_over_the_timesteps(tmp_path, tiny_sd):
-    run = Silent(tmp_path, tiny_sd, 1.0, "objective: diffusion_dpo, noise: fresh, draws: 8", rounds=1)
-    _, store, _ = run.store(base=False)
-    name, shape = store.groups[0].name, store.generator.latent_shape
-    drawn = [store._draw((name, draw), shape) for draw in range(8)]
-    edges = [100 + 75 * i for i in range(9)]  # the window leaves out the first 0.3 of the walk and its last 0.1
-    assert all(low <= t < high for (_, t), low, high in zip(drawn, edges[:-1], edges[1:], strict=True))
-    again = store._draw((name, 3), shape)
-    assert torch.equal(drawn[3][0], again[0]) and drawn[3][1] == again[1]
-    assert not torch.equal(drawn[3][0], store._draw((store.groups[1].name, 3), shape)[0])
-    assert torch.equal(drawn[0][0], torch.randn(shape, generator=seeds.generator(7, "fresh", name, 0)))

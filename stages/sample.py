@@ -9,6 +9,7 @@ import torch
 
 from fashiondpo_pipeline import codecs, schemas, seeds
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.generators.diffusers_model import check_answer
 from fashiondpo_pipeline.sampling import Trajectory, sample
 from fashiondpo_pipeline.timesteps import saved_steps
 from fashiondpo_pipeline.workspace import Output, Step
@@ -25,6 +26,8 @@ def run(session, step: Step, out: Output) -> None:
     save = saved_steps(knobs["save"], knobs["steps"]) if knobs.get("save") else []
     in_flight = -(-machine.batch // knobs["tile"]) * knobs["tile"]
     encode = step.inputs["encode"]
+    generator.encodings = session.encodings(encode, [""])
+    check_answer(generator, knobs["tile"])
 
     def draw(groups: list[dict]) -> list[Drawn]:
         generator.encodings = session.encodings(encode, [*(row["prompt"] for row in groups), knobs["negative"], ""])
@@ -75,7 +78,12 @@ def _finish(session, step: Step, out: Output, save: list[int]) -> None:
     faults = [fault for fault in out.table("candidates", ["fault"])["fault"].to_pylist() if fault]
     total = len(session.prompts[step.args["split"]]) * step.config["candidates"]
     if len(faults) == total:
-        raise UserError(f"round {step.round}: all {total} pictures are broken ({faults[0]}): use generator.dtype float32, or bfloat16 on a GPU")
+        for shard in out.shards("candidates"):
+            out.drop(shard)  # so that the mended model is asked again
+        half = "use generator.dtype float32, or bfloat16 on a GPU"
+        whole = "get the model anew" + (", or lower finetune.learning_rate and repeat the round before" if "adapter" in step.inputs else "")
+        raise UserError(f"round {step.round}: all {total} pictures are broken ({faults[0]}): "
+                        + (whole if step.config["dtype"] == "float32" else half))
     if faults:
         session.say(f"round {step.round}: {len(faults)} of {total} pictures are broken and take no part ({faults[0]})")
     out.finish({"candidates": total, "faults": len(faults), "saved_steps": save, "denoiser_rows": total * step.config["steps"]})

@@ -2,17 +2,24 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+import whole_runs
+from diffusers import StableDiffusionXLPipeline
 from original_names import single_file
 from safetensors.torch import load_file, save_file
 
+from fashiondpo_pipeline import adapters
 from fashiondpo_pipeline.checkpoints import OFFLINE, open_source
+from fashiondpo_pipeline.diffusion import add_noise, split
+from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel, check_answer
 from fashiondpo_pipeline.generators.text2img import text2img
 from fashiondpo_pipeline.sampling import Guidance, sample
 
@@ -324,3 +331,100 @@ def test_noise_cannot_be_predicted_where_there_is_nothing_else(tiny_sd, tiny_sd_
         f"the scheduler of {folder} begins with no signal at all (rescale_betas_zero_snr) and yet predicts 'epsilon', which then says "
         "nothing of the picture: correct its scheduler_config.json (such models predict 'v_prediction')")
     text2img(str(changed(tiny_sd_v, tmp_path / "v", "scheduler", rescale_betas_zero_snr=True)))
+
+
+def test_a_model_that_finds_the_noise_is_not_taken_for_one_that_predicts_v(tmp_path, tiny_sd_v):
+    embedded = changed(locate("embedded:fashion_mini/generator"), tmp_path / "v", "scheduler", prediction_type="v_prediction")
+    with pytest.raises(UserError) as problem:
+        check_answer(text2img(str(embedded)), 4)
+    assert str(problem.value) == (
+        "the model's scheduler says 'v_prediction', but its denoiser answers pure noise with that noise (correlation 1.00), "
+        "as models do that predict 'epsilon': correct its scheduler_config.json")
+    check_answer(text2img("embedded:fashion_mini/generator"), 4)
+    check_answer(text2img(str(tiny_sd_v)), 4)
+
+
+def test_a_trained_model_of_v_is_not_taken_for_one_that_finds_the_noise(tmp_path):
+    """The embedded model, which predicts eps, made to say v: signal eps - noise x_0."""
+    generator = text2img("embedded:fashion_mini/generator")
+    finds, walk = generator.denoise, generator.schedule(1)
+
+    def says_v(x, t, parts):
+        x_0, eps = split(walk, finds(x, t, parts), x, t)
+        return add_noise(walk, eps, -x_0, t)
+
+    generator.denoise, generator.prediction = says_v, "v_prediction"
+    check_answer(generator, 4)
+    generator.denoise = finds
+    with pytest.raises(UserError, match="answers pure noise with that noise"):
+        check_answer(generator, 4)
+
+
+# -- numbers that overflow
+
+
+def loud(folder, target, part, name, factor):
+    """A copy of a folder in which one weight is multiplied."""
+    file = shutil.copytree(folder, target) / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name] * factor}, file, metadata={"format": "pt"})
+    return target
+
+
+def half_vae(self):
+    return self.source.part("vae", torch.float16).requires_grad_(False).eval()
+
+
+def test_a_half_precision_denoiser_that_overflows_stops_the_run(place, tiny_sd):
+    loud(tiny_sd, place / "loud", "unet", "conv_out.weight", 1e6)
+    told = whole_runs.refused("sample", "--round", "1", "--set", "generator.model=loud", "--set", "generator.dtype=float16")
+    assert told == "round 1: all 24 pictures are broken (the latent is not finite): use generator.dtype float32, or bfloat16 on a GPU"
+
+
+def test_a_half_precision_vae_that_overflows_stops_the_run(place, tiny_sd, monkeypatch):
+    loud(tiny_sd, place / "loud", "vae", "decoder.conv_in.weight", 1e6)
+    monkeypatch.setattr(DiffusersModel, "vae", property(half_vae))
+    told = whole_runs.refused("sample", "--round", "1", "--set", "generator.model=loud")
+    assert told == "round 1: all 24 pictures are broken (the picture is not finite): get the model anew"
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    whole_runs.works("sample", "--round", "1", "--set", "generator.model=loud")
+
+
+def test_one_broken_picture_is_set_aside_with_its_reason_and_the_round_goes_on(place, monkeypatch):
+    """Of each decoded batch the first latent is loud enough for half precision to overflow."""
+    decode = DiffusersModel.decode
+
+    def overflowing(self, x_0):
+        loud = torch.cat([x_0[:1] * 1e6, x_0[1:]])
+        return decode(self, loud)
+
+    monkeypatch.setattr(DiffusersModel, "vae", property(half_vae))
+    monkeypatch.setattr(DiffusersModel, "decode", overflowing)
+    told = whole_runs.works("round", "--n", "1")
+    assert "round 1: 3 of 24 pictures are broken and take no part (the picture is not finite)" in told.err
+    run = place / "runs/t"
+    rows = whole_runs.table(whole_runs.folder_of(run, 1, "sample"), "candidates").to_pylist()
+    broken = {(row["group"], row["candidate"]) for row in rows if row["fault"]}
+    assert len(rows) == 24
+    assert len(broken) == 3
+    scores = whole_runs.table(whole_runs.folder_of(run, 1, "score-clip_t"), "scores").to_pylist()
+    assert {(row["group"], row["candidate"]) for row in scores if row["reason"] == "the picture is not finite"} == broken
+    pairs = whole_runs.table(whole_runs.folder_of(run, 1, "pair"), "pairs").to_pylist()
+    assert pairs
+    assert not {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")} & broken
+
+
+# -- a LoRA that the run starts from
+
+
+def test_a_lora_for_another_base(place, tiny_sdxl, tmp_path):
+    denoiser = text2img(str(tiny_sdxl)).denoiser
+    adapters.attach(denoiser, 2, 2.0, "attention", seed=0)
+    adapters.save(denoiser, tmp_path / "xl", StableDiffusionXLPipeline)
+    file = tmp_path / "xl" / adapters.FILE
+    told = whole_runs.refused("sample", "--round", "1", "--set", f"generator.lora={file}")
+    assert re.fullmatch(rf"{file} was made for another base: \d+ of its \d+ tensors fit nowhere in this UNet2DConditionModel; "
+                        "use a LoRA made for this model", told)
+    assert whole_runs.refused("sample", "--round", "1", "--set", "generator.lora=no.safetensors") == (
+        "generator.lora: there is nothing at no.safetensors; check the path (relative ones start in the working folder)")

@@ -233,3 +233,22 @@ class DiffusersModel:
     def save_adapter(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors` in `folder`, for `load_lora_weights` of any pipeline of this family."""
         adapters.save(self.denoiser, Path(folder), self.pipeline_class)
+
+
+@torch.inference_mode()
+def check_answer(generator: Any, rows: int) -> None:
+    """Raises UserError if a model that is said to predict v answers pure noise with that very noise, as one that predicts eps does.
+
+    Asked once, without a prompt, in a call of `rows` rows. At the noisiest timestep v is little but -x_0, which noise does not tell.
+    """
+    schedule = generator.schedule(1)
+    if schedule.prediction != V:
+        return
+    x = torch.randn(rows, *generator.latent_shape, generator=torch.Generator().manual_seed(0)).to(generator.device)
+    t = torch.full((rows,), schedule.at_share(0), device=generator.device)
+    parts = generator.condition([{"prompt": ""}], Guidance()).filled(rows).branch(0)
+    said = generator.denoise(x, t, parts).float()
+    alike = float(torch.corrcoef(torch.stack([x.flatten(), said.flatten()]))[0, 1])
+    if alike > 0.9:
+        raise UserError(f"the model's scheduler says 'v_prediction', but its denoiser answers pure noise with that noise "
+                        f"(correlation {alike:.2f}), as models do that predict 'epsilon': correct its scheduler_config.json")

@@ -48,10 +48,11 @@ class Step:
     inputs: dict[str, "Step"] = field(default_factory=dict)  # role -> step whose tables it reads
     files: dict[str, str] = field(default_factory=dict)  # what else it reads -> its hash
     args: dict[str, Any] = field(default_factory=dict, compare=False)  # how to reach those things; never in the claim
+    implied: bool = False  # whoever reads it claims all that it is made of already, so its own fingerprint is not in theirs
 
     @cached_property
     def claim(self) -> dict:
-        inputs = {role: step.fingerprint for role, step in self.inputs.items()}
+        inputs = {role: step.fingerprint for role, step in self.inputs.items() if not step.implied}
         own = {"stage": self.stage, "version": self.version, "config": self.config, "files": self.files, "inputs": inputs}
         return json.loads(canonical(own))
 

@@ -288,11 +288,11 @@ class _Builder:
         return Watched(0, held_out, embeddings, self.scores(held_out, embeddings, prepared))
 
     def encoding(self) -> Step:
-        """One step for every prompt of the run, both splits."""
+        """One step for every prompt of the run, both splits; its readers name model, prompts and negative prompt in their own claims."""
         prompts = {f"prompts-{split}": found.identity for split, found in self.session.prompts.items()}
-        config = {"negative": self.config.sample.negative, "dtype": self.generator["dtype"], "variant": self.generator["variant"]}
+        config = {"negative": self.config.sample.negative, **self.generator}
         files = {"text": self.session.source.identity(*self.session.source.text_parts), **prompts}
-        return Step("encode", "encode", 0, VERSIONS["encode"], config, {}, files)
+        return Step("encode", "encode", 0, VERSIONS["encode"], config, {}, files, implied=True)
 
     def round(self, number: int, before: Watched, base: Watched, prepared: dict[str, Step]) -> Round:
         adapter = before.finetune if isinstance(before, Round) else None

@@ -50,7 +50,7 @@ def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:
     if stage == "sample":
         return [chain.encode, r.sample]
     if stage == "finetune":
-        return [r.finetune, *([r.negative] if r.negative else [])]
+        return [chain.encode, r.finetune, *([r.negative] if r.negative else [])]
     if stage == "score":
         return [*chain.prepared.values(), *r.embeddings.values(), *r.scores.values()]
     if stage == "evaluate":

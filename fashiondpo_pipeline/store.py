@@ -17,6 +17,7 @@ from fashiondpo_pipeline import codecs, diffusion, seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.objectives import Evidence, winner_guard
+from fashiondpo_pipeline.processes import rank
 from fashiondpo_pipeline.sampling import Condition, Guidance, predict
 from fashiondpo_pipeline.timesteps import in_window
 from fashiondpo_pipeline.training import Batch, Predictions
@@ -112,7 +113,8 @@ class Store:
     def _make(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         shape = (self.rows, *shape)
         if math.prod(shape) * np.dtype(dtype).itemsize > IN_MEMORY:
-            self._arrays[name] = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", dtype, shape)
+            file = self.folder / f"{name}-{rank()}.npy"  # one for each process: making it would cut another's short
+            self._arrays[name] = np.lib.format.open_memmap(file, "w+", dtype, shape)
         else:
             self._arrays[name] = np.empty(shape, dtype)
 

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -9,37 +11,60 @@ from fashiondpo_pipeline import schemas
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts import ask
+from fashiondpo_pipeline.experts.ahead import ahead
 from fashiondpo_pipeline.workspace import Output, Step
 
 
-def run(session, step: Step, out: Output) -> None:
-    name = step.args["expert"]
-    prompts = {row["group"]: row for row in session.prompts[step.args["split"]].rows}
-    expert = session.expert(name, step.inputs.get("prepared"))
+@dataclass
+class Shard:
+    """One shard on its way: the rows an expert is handed, and its answers; how many rows it is still to be asked about."""
 
-    candidates = out.input("sample")
+    number: int
+    rows: list[dict]
+    answers: list[tuple[float, str | None]]
+    due: int
+
+
+def run(session, step: Step, out: Output) -> None:
+    name, started = step.args["expert"], time.monotonic()
+    candidates, prompts = out.input("sample"), {row["group"]: row for row in session.prompts[step.args["split"]].rows}
+    expert = session.expert(name, step.inputs.get("prepared"))
     shards = candidates.shards("candidates")
-    mine = session.processes.mine(shards)
-    for shard in session.track(mine, f"round {step.round} {step.name}", len(mine)):
-        if out.has(shard):
-            continue
-        started = time.monotonic()
-        rows = _rows(expert, candidates, out.input("embed") if "embed" in step.inputs else None, shard, prompts)
-        usable = [n for n, row in enumerate(rows) if not row["fault"]]
-        answers: list = [(math.nan, row["fault"]) for row in rows]
-        for start in range(0, len(usable), session.config.machine.batch):
-            chosen = usable[start : start + session.config.machine.batch]
-            for n, answer in zip(chosen, ask(expert, [rows[n] for n in chosen]), strict=True):
-                answers[n] = answer
+    todo = [shard for shard in session.processes.mine(shards) if not out.has(shard)]
+    if hasattr(expert, "expect"):
+        expert.expect(list(prompts.values()))
+    read = Reader(expert, candidates, out.input("embed") if "embed" in step.inputs else None, prompts)
+    for shard in session.track(answered(expert, read, todo, session.config.machine.batch), f"round {step.round} {step.name}", len(todo)):
         columns = {
-            "group": [row["group"] for row in rows], "candidate": [row["candidate"] for row in rows],
-            "score": [score for score, _ in answers], "reason": [reason for _, reason in answers],
+            "group": [row["group"] for row in shard.rows], "candidate": [row["candidate"] for row in shard.rows],
+            "score": [score for score, _ in shard.answers], "reason": [reason for _, reason in shard.answers],
         }
-        out.write(shard, time.monotonic() - started, scores=pa.table(columns, schema=schemas.SCORES))
+        out.write(shard.number, time.monotonic() - started, scores=pa.table(columns, schema=schemas.SCORES))
+        started = time.monotonic()
 
     session.wait()
     if session.first:
         _finish(session, step, out, shards)
+
+
+def answered(expert, read: "Reader", shards: list[int], batch: int) -> Iterator[Shard]:
+    """Shards with the expert's answers. They are read, and their pictures decoded, while the expert is at the ones before."""
+    def batches() -> Iterator[tuple[Shard, list[int]]]:
+        for shard in ahead(read.shard, shards, most=2, threads=1):
+            for start in range(0, len(shard.rows), batch):
+                yield shard, list(range(start, min(start + batch, len(shard.rows))))
+
+    for shard, numbers in ahead(read.batch, batches(), most=4):
+        sound = [n for n in numbers if not shard.rows[n]["fault"]]
+        for n, answer in zip(sound, ask(expert, [shard.rows[n] for n in sound]) if sound else [], strict=True):
+            shard.answers[n] = answer
+        for n in numbers:
+            if shard.rows[n]["fault"]:
+                shard.answers[n] = math.nan, shard.rows[n]["fault"]
+            shard.rows[n].pop("picture", None)  # decoded, it is some hundred times its PNG
+        shard.due -= len(numbers)
+        if not shard.due:
+            yield shard
 
 
 def _finish(session, step: Step, out: Output, shards: list[int]) -> None:
@@ -56,24 +81,38 @@ def _finish(session, step: Step, out: Output, shards: list[int]) -> None:
     out.finish({"scored": len(known), "missing": len(missing), "mean": math.fsum(known) / len(known)})
 
 
-def _rows(expert, candidates: Output, embeddings: Output | None, shard: int, prompts: dict[str, dict]) -> list[dict]:
+class Reader:
     """What the expert is handed: a candidate joined to its prompt, with a picture or an embedding where it needs one."""
-    pictures = "picture" in expert.needs
-    columns = ["group", "candidate", "fault", *(["picture"] if pictures else [])]
-    rows = [{**prompts[row["group"]], **row} for row in candidates.table("candidates", columns, shard).to_pylist()]
-    if pictures:
-        for row in rows:
-            _open(row)
-    if embeddings:
-        table = embeddings.table("embeddings", shard=shard)
-        vectors = dict(zip(zip(table["group"].to_pylist(), table["candidate"].to_pylist(), strict=True), table["embedding"], strict=True))
+
+    def __init__(self, expert, candidates: Output, embeddings: Output | None, prompts: dict[str, dict]):
+        self.pictures, self.candidates, self.embeddings, self.prompts = "picture" in expert.needs, candidates, embeddings, prompts
+
+    def shard(self, number: int) -> Shard:
+        """One shard's rows, pictures not yet decoded."""
+        columns = ["group", "candidate", "fault", *(["picture"] if self.pictures else [])]
+        table = self.candidates.table("candidates", columns, number)
+        rows = [{**self.prompts[row["group"]], **row} for row in table.to_pylist()]
+        if self.embeddings:
+            self._embed(rows, self.embeddings.table("embeddings", shard=number))
+        return Shard(number, rows, [(math.nan, None)] * len(rows), len(rows))
+
+    def batch(self, asked: tuple[Shard, list[int]]) -> tuple[Shard, list[int]]:
+        """The same rows, their pictures decoded."""
+        shard, numbers = asked
+        if self.pictures:
+            for n in numbers:
+                _open(shard.rows[n])
+        return asked
+
+    def _embed(self, rows: list[dict], table: pa.Table) -> None:
+        keys = zip(table["group"].to_pylist(), table["candidate"].to_pylist(), strict=True)
+        vectors = dict(zip(keys, table["embedding"], strict=True))
         for row in rows:
             vector = vectors[row["group"], row["candidate"]]
             if vector.is_valid:
                 row["embedding"] = vector.values.to_numpy()
             else:
                 row["fault"] = row["fault"] or "the picture cannot be read"
-    return rows
 
 
 def _open(row: dict) -> None:

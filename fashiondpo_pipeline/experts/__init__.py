@@ -24,7 +24,8 @@ class Expert(Protocol):
     candidate and prompt. The constructor takes plain keywords from the configuration and loads nothing.
 
     Optional: `tower` (model, pretrained) of a CLIP tower whose embeddings it reads; `files()` name -> path of what its
-    scores depend on; `prepare(folder, device)` slow work done once a run, whose folder `load` is then given.
+    scores depend on; `prepare(folder, device)` slow work done once a run, whose folder `load` is then given; `expect(prompts)`
+    the prompts' rows that it will be asked about, in their order, told before the first call.
     """
 
     version: int

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.experts.tower import Tower
+from fashiondpo_pipeline.experts.tower import TILE, Tower
 
 
 class ClipText:
@@ -23,11 +24,18 @@ class ClipText:
     def load(self, device: str, prepared: Path | None) -> None:
         self._tower = Tower(*self.tower, device=device)
         self._texts: dict[str, np.ndarray] = {}
+        self._coming: Iterator[str] = iter(())
+
+    def expect(self, prompts: list[dict]) -> None:
+        """What will be asked about, in this order: a tile that is not full is filled up with it."""
+        self._coming = iter(list(dict.fromkeys(row["prompt"] for row in prompts)))
 
     def __call__(self, rows: list[dict]) -> list[float]:
-        new = [prompt for prompt in dict.fromkeys(row["prompt"] for row in rows) if prompt not in self._texts]
+        new = {row["prompt"]: None for row in rows if row["prompt"] not in self._texts}
         if new:
-            self._texts.update(zip(new, self._tower.texts(new), strict=True))
+            while len(new) % TILE and (prompt := next(self._coming, None)) is not None:
+                new |= {} if prompt in self._texts else {prompt: None}
+            self._texts.update(zip(new, self._tower.texts(list(new)), strict=True))
         return [float(row["embedding"] @ self._texts[row["prompt"]]) for row in rows]
 
 

@@ -56,19 +56,30 @@ class Tower:
             ) from problem
         return net.eval().requires_grad_(False), see, read
 
-    def pictures(self, pictures: list[Any]) -> np.ndarray:
-        """(b, d) float32 unit vectors of PIL pictures."""
+    def see(self, picture: Any) -> Any:
+        """What the tower sees of a PIL picture: (3, h, w) float32, on the CPU; safe to call in several threads."""
+        _, see, _ = self._net
+        return see(picture)
+
+    def encode(self, seen: list[Any]) -> Any:
+        """(b, d) float32 unit vectors, on the device, of at most TILE pictures that `see` has seen; a GPU may still be at it."""
         import torch
 
-        net, see, _ = self._net
-        return self._tiled(torch.stack([see(picture) for picture in pictures]), net.encode_image)
+        net, _, _ = self._net
+        tile = torch.stack([*seen, *seen[-1:] * (TILE - len(seen))])  # (TILE, 3, h, w)
+        if self.device.startswith("cuda"):
+            tile = tile.pin_memory()
+        with torch.inference_mode():
+            return net.encode_image(tile.to(self.device, non_blocking=True), normalize=True).float()[: len(seen)]
+
+    def pictures(self, pictures: list[Any]) -> np.ndarray:
+        """(b, d) float32 unit vectors of PIL pictures."""
+        tiles = [pictures[start : start + TILE] for start in range(0, len(pictures), TILE)]
+        return np.concatenate([self.encode([self.see(picture) for picture in tile]).cpu().numpy() for tile in tiles])
 
     def texts(self, texts: list[str]) -> np.ndarray:
         """(b, d) float32 unit vectors of texts."""
-        net, _, read = self._net
-        return self._tiled(read(texts), net.encode_text)
-
-    def _tiled(self, inputs: Any, encode: Any) -> np.ndarray:
         from fashiondpo_pipeline.tiles import tiled
 
-        return tiled(lambda tile: encode(tile.to(self.device), normalize=True).float().cpu(), inputs, TILE).numpy()
+        net, _, read = self._net
+        return tiled(lambda tile: net.encode_text(tile.to(self.device), normalize=True).float().cpu(), read(texts), TILE).numpy()

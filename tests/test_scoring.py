@@ -1,0 +1,154 @@
+"""Pictures are read ahead and embedded in full tiles, and nobody can tell from the numbers."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from fashiondpo_pipeline import codecs, schemas, testing
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.experts.ahead import ahead
+from fashiondpo_pipeline.experts.clip import ClipText
+from fashiondpo_pipeline.experts.tower import TILE, Tower
+from fashiondpo_pipeline.workspace import Output
+from stages import embed, score
+
+# -- work done ahead
+
+
+def test_results_come_in_order_whoever_is_done_first():
+    def slow_first(n):
+        time.sleep(0.02 if n == 0 else 0)
+        return n
+
+    assert list(ahead(slow_first, range(20), most=4, threads=4)) == list(range(20))
+
+
+def test_at_most_so_many_results_wait():
+    begun = []
+    results = ahead(lambda n: begun.append(n) or n, range(100), most=5)
+    for taken in range(10):
+        assert next(results) == taken
+        assert len(begun) <= taken + 5
+
+
+def test_it_is_done_in_other_threads():
+    assert threading.get_ident() not in set(ahead(lambda _: threading.get_ident(), range(5), most=2))
+
+
+def test_what_fails_fails_in_its_turn():
+    results = ahead(lambda n: 6 // n, [3, 2, 0, 1], most=4)
+    assert [next(results), next(results)] == [2, 3]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_whoever_stops_early_leaves_no_thread_at_work():
+    before = threading.active_count()
+    results = ahead(lambda n: n, range(1000), most=3)
+    next(results)
+    results.close()
+    assert threading.active_count() == before
+
+
+# -- a run's pictures
+
+
+GROUPS, K = 5, 30  # a shard is a group: 30 pictures are less than a tile, 150 are two tiles and a piece
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory) -> Output:
+    """Five shards of 30 pictures; picture 7 of each is broken, and picture 9 has a fault."""
+    out = Output(tmp_path_factory.mktemp("scoring") / "sample", {}, {})
+    out.open()
+    rng = np.random.default_rng(0)
+    for shard in range(GROUPS):
+        rows = [{"group": f"g{shard}", "candidate": n, "prompt": f"prompt {shard}", "fault": "not finite" if n == 9 else None,
+                 "picture": {"bytes": b"none" if n == 7 else codecs.encode_png(rng.integers(255, size=(16, 16, 3), dtype=np.uint8)),
+                             "path": None}} for n in range(K)]
+        out.write(shard, candidates=pa.Table.from_pylist(rows, schemas.CANDIDATES))
+    return out
+
+
+@pytest.fixture(scope="module")
+def tower(tiny_clip) -> Tower:
+    return Tower(f"local-dir:{tiny_clip}")
+
+
+def vectors(tower, candidates, shards) -> tuple[dict[int, list], list[str]]:
+    told = []
+    found = {shard.number: shard.vectors for shard in embed.embedded(tower, candidates, shards, told.append)}
+    return found, told
+
+
+def test_tiles_are_full_across_the_ends_of_shards(tower, candidates, monkeypatch):
+    sizes, encode = [], Tower.encode
+    monkeypatch.setattr(Tower, "encode", lambda self, seen: (sizes.append(len(seen)), encode(self, seen))[1])
+    vectors(tower, candidates, list(range(GROUPS)))
+    assert sizes == [TILE, TILE, GROUPS * (K - 2) - 2 * TILE]
+
+
+def test_an_embedding_is_the_same_in_whatever_shards_it_comes(tower, candidates):
+    together, told = vectors(tower, candidates, list(range(GROUPS)))
+    assert list(together) == list(range(GROUPS))
+    assert [text.partition(":")[0] for text in told] == [f"g{shard}/7" for shard in range(GROUPS)]
+    for shard in range(GROUPS):
+        alone, _ = vectors(tower, candidates, [shard])
+        for n in range(K):
+            if n in (7, 9):
+                assert alone[shard][n] is together[shard][n] is None
+            else:
+                assert (alone[shard][n] == together[shard][n]).all()
+
+
+def test_a_shard_is_handed_on_before_the_last_one_is_read(tower, candidates):
+    assert next(embed.embedded(tower, candidates, [0, 1, 2, 3, 4] * 4, lambda text: None)).number == 0
+
+
+# -- answers
+
+
+def answers(expert, candidates, batch: int, shards=range(GROUPS)) -> dict[int, list]:
+    prompts = {f"g{shard}": {"group": f"g{shard}", "prompt": f"prompt {shard}"} for shard in range(GROUPS)}
+    read = score.Reader(expert, candidates, None, prompts)
+    return {shard.number: shard.answers for shard in score.answered(expert, read, list(shards), batch)}
+
+
+def test_answers_do_not_depend_on_batches_and_stand_at_their_candidate(candidates):
+    by_one, by_many = (answers(testing.Brightness(), candidates, batch) for batch in (1, 7))
+    table = candidates.table("candidates", shard=3).to_pylist()
+    for n in range(K):
+        if n == 7:
+            assert math.isnan(by_many[3][n][0])
+            assert "cannot be read" in by_many[3][n][1]
+        elif n == 9:
+            assert by_many[3][n][1] == "not finite"
+        else:
+            mean = np.asarray(codecs.decode_picture(table[n]["picture"]["bytes"], "here")).mean() / 255
+            assert by_many[3][n] == by_one[3][n] == (pytest.approx(mean), None)
+
+
+def test_a_users_mistake_ends_the_scoring(candidates):
+    class Wrong(testing.Brightness):
+        def __call__(self, rows):
+            raise UserError("name a folder")
+
+    with pytest.raises(UserError, match="name a folder"):
+        answers(Wrong(), candidates, 8)
+
+
+def test_texts_that_will_be_asked_next_fill_the_tile(tiny_clip, monkeypatch):
+    passes, texts = [], Tower.texts
+    monkeypatch.setattr(Tower, "texts", lambda self, new: (passes.append(len(new)), texts(self, new))[1])
+    rows = [{"group": f"g{n}", "prompt": f"prompt {n}", "embedding": np.ones(16, np.float32) / 4} for n in range(2 * TILE + 1)]
+    told, untold = ClipText(f"local-dir:{tiny_clip}"), ClipText(f"local-dir:{tiny_clip}")
+    for expert in (told, untold):
+        expert.load("cpu", None)
+    told.expect(rows)
+    scores = [expert([row]) for expert in (told, untold) for row in rows]
+    assert passes == [TILE, TILE, 1] + [1] * len(rows)
+    assert scores[: len(rows)] == scores[len(rows) :]

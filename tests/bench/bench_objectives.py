@@ -5,8 +5,9 @@
 
 What is done is found again by its fingerprint, so that it can be stopped at any time: the same command goes on. Everything but the
 settings below is as shipped, and the learning rate is the same for all: AdamW's step does not depend on the size of a gradient, so
-beta decides only how soon a pair counts as learnt. A bare margin that is drawn to a finite value (ipo to 1/2, capo to at most 1) gets
-a smaller beta than one that may grow, as the same number of logits must stand for the same change of the model.
+beta decides only how soon a pair counts as learnt. The default's margins end near 1.4 on average. An objective that draws them to a
+finite value (ipo to 1/2, capo to a difference of win rates, some 1/4) gets a smaller beta, so that this value stands for as much
+change of the model.
 """
 
 import argparse
@@ -53,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "soft_dpo": {"objective": "soft_dpo", "options": {"tau": 0.5}},  # pairs are half a standard deviation apart at least
     "margin_dpo": {"objective": "margin_dpo", "options": {"alpha": 1.0}},
     "kto": {"objective": "kto"},
-    "capo": {"objective": "capo", "beta": 1000.0},
+    "capo": {"objective": "capo", "beta": 500.0},
     "plackett_luce": {"objective": "plackett_luce"},
     "rankdpo": {"objective": "rankdpo"},
     "dgpo": {"objective": "dgpo"},

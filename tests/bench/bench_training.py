@@ -1,108 +1,294 @@
-"""Group-batched finetuning on the cached reference against the loop over pairs with a live reference, as peers write it.
+"""Group-batched finetuning on the cached reference against the loops over pairs that peers write: K = 7, all 21 pairs.
 
-The baseline takes one pair at a time: a policy forward of winner and loser, a reference forward of both with the adapter off,
-loss, backward; gradients accumulate over the pairs of an optimiser step, as ours do. Both see the same pairs and timesteps.
+    python tests/bench/bench_training.py                                        # the embedded default on a CPU
+    python tests/bench/bench_training.py --model sd15 --device cuda             # Stable Diffusion 1.5 at 512, random weights
+    python tests/bench/bench_training.py --model sdxl --device cuda --checkpointing
 
-    python tests/bench/bench_training.py
+Two baselines, each with its own guidance and its own loss, and ours beside each with the same ones and the same gradient:
+
+  diffusers' example   one pair at a time, winner and loser in one batch; the reference is the same network with its adapter off;
+                       no guidance; Diffusion-DPO on errors. What it also does at each step (encoding pictures and prompts) is left out.
+  D3PO                 one pair at a time, winner and loser apart, each with guidance 5 (two branches); the reference is a deep copy
+                       of the network; four forwards; DPO on the step's log-probability.
+
+All run with the same LoRA, precision and checkpointing, accumulate the gradient over the same pairs, and take no optimiser step. Ours
+is shown with a whole group at once, and with as few rows at once as the baseline has, where each row costs a second forward; with
+checkpointing where the baselines have none; and with four groups at once, which fills a large GPU. Peak memory is each one's own
+process's. The targets hold for the fastest of ours that takes no more memory than its baseline.
+The lines for GPUs have run on none yet.
 """
 
-import resource
-import subprocess
+import argparse
+import copy
+import json
 import sys
-import time
+import tempfile
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+import peaks
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from fashiondpo_pipeline import adapters, diffusion
-from fashiondpo_pipeline.embedded import locate
-from fashiondpo_pipeline.generators.text2img import Text2Image
-from fashiondpo_pipeline.objectives import step_dpo
-from fashiondpo_pipeline.sampling import predict, sample
-from fashiondpo_pipeline.training import Group, Unit, accumulate
+from fashiondpo_pipeline import adapters, diffusion, schemas, terminal
+from fashiondpo_pipeline.config import Finetune
+from fashiondpo_pipeline.objectives import DIFFUSION_DPO, STEP_DPO
+from fashiondpo_pipeline.sampling import Guidance, predict, sample
+from fashiondpo_pipeline.store import Store, autocast
+from fashiondpo_pipeline.training import Group, Term, Unit, accumulate
+from stages.sample import _trajectories as trajectory_rows
 
-K, GROUPS, BETA, ETA = 8, 4, 3000.0, 1.0
-PAIRS = [(w, loser) for w in range(K) for loser in range(w + 1, K)]  # all 28
-
-
-def setup():
-    torch.manual_seed(0)
-    generator = Text2Image("embedded:fashion_mini/generator")
-    schedule = generator.schedule(10)
-    rows = [{"prompt": f"a {colour} dress"} for colour in ("red", "navy", "green", "black") for _ in range(K)]
-    condition = generator.condition(rows, 1.0)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(rows))]
-    path = sample(generator.denoise, schedule, condition, generators, generator.latent_shape, eta=ETA, save=[2, 4, 6])
-    adapters.attach(generator.denoiser, 8, 8.0, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
-    return generator, schedule, condition, path
+K, BETA, STEPS = 7, 2000.0, 4
+PAIRS = list(combinations(range(K), 2))  # all 21: the lower number wins
+LOSSES = {"error": DIFFUSION_DPO, "log_prob": STEP_DPO}
+MOST_MEMORY = {("sd15", 512): 12e9, ("sdxl", 1024): 24e9}
 
 
-def log_prob(generator, schedule, condition, path, rows, columns):
-    t = schedule.timesteps[[2, 4, 6]][columns]
-    x_t, x_prev = path.x_t[rows, columns].clone(), path.x_prev[rows, columns].clone()
-    condition = type(condition)(condition.tokens[:, rows].clone(), condition.weights)
-    prediction, _ = predict(generator.denoise, x_t, t, condition)
-    mean = diffusion.ddim_mean(schedule, prediction, x_t, t, ETA)
-    return diffusion.log_prob(mean, diffusion.ddim_sigma(schedule, t, ETA), x_prev) / x_t[0].numel()
+class Work:
+    """A model with an adapter, candidates drawn with it, and the units of one optimiser step."""
+
+    def __init__(self, job: dict):
+        self.job, self.device, self.eta = job, job["device"], 1.0
+        self.generator = peaks.generator(job["model"], job["device"], job["dtype"], job["size"])
+        self.eta = 0.7 if self.generator.flow else 1.0
+        guidance = Guidance(job["guidance"])
+        self.knobs = Finetune(objective="diffusion_dpo" if job["signal"] == "error" else "step_dpo", signal=job["signal"],
+                              step_weight="density", window=[0.0, 1.0], precision=job["precision"], micro_batch=job["micro_batch"])
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = self._store(guidance)
+        self.copied = copy.deepcopy(self.generator.denoiser) if job["way"] == "d3po" else None
+        adapters.attach(self.generator.denoiser, job["rank"], float(job["rank"]), "attention", seed=0)
+        if job["checkpointing"]:
+            self.generator.denoiser.enable_gradient_checkpointing()
+            self.generator.denoiser.train()  # diffusers checkpoints only then; there is no dropout
+        winner, loser = (np.array(side) for side in zip(*PAIRS, strict=True))
+        groups = [Group(str(g), np.arange(g * K, (g + 1) * K), winner, loser) for g in range(job["groups"])]
+        self.units = [Unit(group, column) for group in groups for column in range(self.store.columns)]
+        self.pair_steps = len(self.units) * len(PAIRS)
+
+    def _store(self, guidance: Guidance) -> Store:
+        """Candidates drawn by the model itself, as the sample stage keeps them."""
+        job, generator = self.job, self.generator
+        rows = [({"prompt": prompt, "group": str(g)}, i) for g, prompt in enumerate(peaks.prompts(job["groups"])) for i in range(K)]
+        schedule = generator.schedule(STEPS)
+        save = [1, 2][: job["columns"]]
+        condition = generator.condition([row for row, _ in rows], guidance)
+        path = sample(generator.denoise, schedule, condition, [torch.Generator().manual_seed(i) for i in range(len(rows))],
+                      generator.latent_shape, eta=self.eta, save=save, tile=K, device=generator.device).cpu()
+        kept = {"path": True, "predictions": False}
+        table = pa.Table.from_pylist(trajectory_rows(rows, path, save, schedule.timesteps.tolist(), kept),
+                                     schemas.trajectories(*generator.latent_shape))
+        sampled = {"steps": STEPS, "eta": self.eta, "negative": "", "predictions": False}
+        store = Store(generator, sampled, guidance, self.knobs, [job["signal"]], 0, Path(self.folder.name))
+        store.room(len(rows))
+        store.gather([table], {(row["group"], i) for row, i in rows}, {row["group"]: row["prompt"] for row, _ in rows})
+        store.close()
+        return store
+
+    def clear(self) -> None:
+        for weight in adapters.parameters(self.generator.denoiser).values():
+            weight.grad = None
+
+    def gradient_norm(self) -> float:
+        weights = adapters.parameters(self.generator.denoiser).values()
+        return float(torch.stack([w.grad.float().norm() for w in weights]).norm())
 
 
-def ours(generator, schedule, condition, path) -> int:
-    """One optimiser step's gradient; returns pairs times timesteps."""
-    reference = path.log_prob.clone() / path.x_t[0, 0].numel()
-    winner, loser = (np.array(side) for side in zip(*PAIRS, strict=True))
-    groups = [Group(str(g), np.arange(g * K, (g + 1) * K), winner, loser) for g in range(GROUPS)]
-    units = [Unit(group, column) for group in groups for column in range(3)]
-
-    def signal(batch):
-        rows, columns = torch.from_numpy(batch.rows), torch.from_numpy(batch.columns)
-        return log_prob(generator, schedule, condition, path, rows, columns), reference[rows, columns]
-
-    tally = accumulate(units, 64, signal, lambda *quantities: step_dpo(*quantities, beta=BETA), higher_is_better=True)
-    return tally.pairs
+# -- three ways to one gradient
 
 
-def pair_loop(generator, schedule, condition, path) -> int:
-    count = 0
-    for g in range(GROUPS):
-        for column in range(3):
-            for winner, loser in PAIRS:
-                rows, columns = torch.tensor([g * K + winner, g * K + loser]), torch.tensor([column, column])
-                policy = log_prob(generator, schedule, condition, path, rows, columns)
-                with torch.no_grad(), adapters.disabled(generator.denoiser):
-                    reference = log_prob(generator, schedule, condition, path, rows, columns)
-                ratio = policy - reference
-                (-F.logsigmoid(BETA * (ratio[0] - ratio[1])) / (GROUPS * 3 * len(PAIRS))).backward()
-                count += 1
-    return count
+def group_batch(work: Work) -> None:
+    """Ours: every candidate once, the reference read from what the sampler recorded."""
+    store, kept = work.store, work.store.recorded()
+
+    def evidence(batch, predictions):
+        said = {name: torch.from_numpy(values[batch.rows, batch.columns]).to(work.device) for name, values in kept.items()}
+        return store.evidence(batch, predictions, said, {})
+
+    accumulate(work.units, work.knobs.micro_batch, store.predict, evidence, [Term(LOSSES[work.job["signal"]])], BETA, columns=store.columns)
 
 
-def measure(which: str) -> None:
-    things = setup()
-    step = {"group": ours, "pairs": pair_loop}[which]
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(*things)
-    repeats = 5 if which == "group" else 1
-    started = time.monotonic()
-    pairs = sum(step(*things) for _ in range(repeats))
-    seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    norm = sum(float(w.grad.square().sum()) for w in adapters.parameters(things[0].denoiser).values()) ** 0.5 / (repeats + 1)
-    print(pairs / seconds, peak / 1e3, (peak - base) / 1e3, norm)
+def diffusers_loop(work: Work) -> None:
+    """One pair at a time, both in one batch; the reference is the network with its adapter off."""
+    denoiser = work.generator.denoiser
+    for spot in pair_spots(work):
+        def error(spot=spot):
+            with autocast(work.generator.device, work.knobs.precision):
+                said = work.generator.denoise(spot.x_t, spot.t, spot.condition.branch(0))
+            return (said.float() - spot.wanted).square().mean(dim=(1, 2, 3))
+
+        winner, loser = error()
+        with torch.no_grad(), adapters.disabled(denoiser):
+            ref_winner, ref_loser = error()
+        inside = -BETA / 2 * ((winner - ref_winner) - (loser - ref_loser))
+        (-F.logsigmoid(inside) / work.pair_steps).backward()
+
+
+def d3po_loop(work: Work) -> None:
+    """One pair at a time, winner and loser apart, each with both branches of guidance; the reference is a copy of the network."""
+    store, schedule = work.store, work.store.schedule
+
+    def frozen(x_t, t, parts):
+        dtype = work.generator.dtype
+        halves = {name: part.to(dtype) if part.is_floating_point() else part for name, part in parts.items()}
+        return work.generator.call(work.copied, x_t.to(dtype), t, halves)
+
+    def log_prob(denoise, spot, x_prev):
+        with autocast(work.generator.device, work.knobs.precision):
+            guided, _ = predict(denoise, spot.x_t, spot.t, spot.condition)
+        mean = schedule.mean(guided.float(), spot.x_t, spot.t, work.eta)
+        return diffusion.log_prob(mean, schedule.std(spot.t, work.eta), x_prev)[0] / x_prev[0].numel()
+
+    for rows, columns in pair_places(work):
+        ratios = []
+        for one in (slice(0, 1), slice(1, 2)):
+            spot, x_prev = store.spot(rows[one], columns[one]), store._tensor("x_prev", rows[one], columns[one])
+            policy = log_prob(work.generator.denoise, spot, x_prev)
+            with torch.no_grad():
+                ratios.append((policy, log_prob(frozen, spot, x_prev)))
+        (winner, ref_winner), (loser, ref_loser) = ratios
+        (-F.logsigmoid(BETA * ((winner - ref_winner) - (loser - ref_loser))) / work.pair_steps).backward()
+
+
+def pair_places(work: Work):
+    """(rows, columns) of each pair of each unit."""
+    for unit in work.units:
+        for pair in PAIRS:
+            yield unit.group.rows[list(pair)], np.full(2, unit.column)
+
+
+def pair_spots(work: Work):
+    for rows, columns in pair_places(work):
+        yield work.store.spot(rows, columns)
+
+
+WAYS: dict[str, Callable[[Work], None]] = {"ours": group_batch, "diffusers": diffusers_loop, "d3po": d3po_loop}
+
+
+# -- measuring
+
+
+def measure(job: dict) -> dict:
+    """One way, in a process of its own."""
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    work, device = Work(job), job["device"]
+    step = WAYS[job["way"]]
+    peaks.forget_peak(device)
+    work.clear()
+    step(work)  # the first one warms up, and its gradient is the one that is compared
+    norm = work.gradient_norm()
+    seconds = peaks.seconds(lambda: step(work), device, at_least=job["seconds"], most=5 if job["way"] != "ours" else 20)
+    peak = peaks.peak_memory(device)
+    found = {"speed": work.pair_steps / seconds, "seconds": seconds, "peak": peak, "norm": norm}
+    on_gpu = device.startswith("cuda")
+    loaded = [part for part in ("denoiser", "vae", "text") if part in work.generator.__dict__]
+    if job["way"] == "ours" and (on_gpu or job["count"]):
+        found |= {"flops": peaks.flops(lambda: step(work)), "matrix_peak": peaks.matrix_peak(device)}
+    return found | {"loaded": loaded}
+
+
+def jobs_of(options: argparse.Namespace) -> dict[str, list[tuple[str, dict]]]:
+    """Baseline -> rows (label, job): the baseline itself first."""
+    common = {name: getattr(options, name) for name in ("model", "device", "dtype", "size", "precision", "rank", "groups", "columns", "threads",
+                                                        "seconds", "count")}
+    found = {}
+    baselines = (("diffusers", "diffusers' loop over pairs", "error", 1.0), ("d3po", "D3PO's loop over pairs", "log_prob", 5.0))
+    for way, label, signal, guidance in baselines:
+        base = common | {"signal": signal, "guidance": guidance, "checkpointing": options.checkpointing, "micro_batch": K}
+        rows = [(label, base | {"way": way}), ("ours, a group at once", base | {"way": "ours"}),
+                ("ours, two rows at once", base | {"way": "ours", "micro_batch": 2})]
+        if not options.checkpointing:
+            rows.append(("ours, a group, checkpointing", base | {"way": "ours", "checkpointing": True}))
+        rows.append(("ours, 4 groups, checkpointing", base | {"way": "ours", "checkpointing": True, "micro_batch": 4 * K}))
+        found[way] = rows
+    return {way: rows for way, rows in found.items() if way in options.against}
 
 
 def main() -> None:
-    locate("embedded:fashion_mini/generator")
-    found = {}
-    for which in ("pairs", "group"):  # a process each, so that peak memory is its own
-        done = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
-        found[which] = [float(x) for x in done.stdout.split()]
-    print(f"{'':28} {'pair-steps/s':>12} {'peak MB':>8} {'above setup MB':>15} {'gradient norm':>14}")
-    for which, label in (("pairs", "pair loop, live reference"), ("group", "group batch, cached")):
-        speed, peak, above, norm = found[which]
-        print(f"{label:28} {speed:>12.0f} {peak:>8.0f} {above:>15.0f} {norm:>14.6g}")
-    print(f"ratio {found['group'][0] / found['pairs'][0]:.1f}x, K = {K}, all {len(PAIRS)} pairs, {GROUPS} groups, 3 timesteps a step")
+    job = peaks.job_of(sys.argv[1:])
+    if job is not None:
+        print(json.dumps(measure(job)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    peaks.common_options(parser)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help="autocast; bf16 on a GPU, else no")
+    parser.add_argument("--checkpointing", action="store_true", help="in the baselines too")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--groups", type=int, default=2, help="prompts in the optimiser step")
+    parser.add_argument("--columns", type=int, default=2, choices=(1, 2), help="timesteps of each")
+    parser.add_argument("--against", nargs="+", choices=("diffusers", "d3po"), default=["diffusers", "d3po"])
+    parser.add_argument("--seconds", type=float, default=2.0, help="to time each way at least")
+    parser.add_argument("--count", action="store_true", help="count FLOPs and measure the matrix peak on a CPU too (fp32 there)")
+    options = parser.parse_args()
+    peaks.settle(options)
+    options.precision = options.precision or ("bf16" if options.device.startswith("cuda") else "no")
+    print(f"{peaks.describe(options)}, precision {options.precision}, rank {options.rank}, "
+          f"K = {K}, {len(PAIRS)} pairs, {options.groups * options.columns} units a step")
+    targets, rows, best_share, least_peak = peaks.Targets(), [], 0.0, float("inf")
+    for way, asked in jobs_of(options).items():
+        found = [(label, job, peaks.in_own_process(__file__, job)) for label, job in asked]
+        rows += lines(found)
+        ran = [(job, result) for _, job, result in found[1:] if "failed" not in result]
+        check(targets, way, found[0][2], ran, on_gpu=options.device.startswith("cuda"))
+        shares = [share_of(result) for _, result in ran]
+        best_share = max([best_share, *shares])
+        least_peak = min([least_peak, *(result["peak"] for job, result in ran if job["checkpointing"])])
+    heads = ["", "guidance", "pair-steps/s", "ratio", "peak", "gradient norm", "of matrix peak", "in memory"]
+    terminal.show("", heads, rows)
+    check_device(targets, options, best_share, least_peak)
+    targets.end()
+
+
+def share_of(result: dict) -> float:
+    """Share of the measured matrix peak, recomputed FLOPs included; 0 where it was not counted."""
+    return result["flops"] / result["seconds"] / result["matrix_peak"] if "flops" in result else 0.0
+
+
+def lines(found: list[tuple[str, dict, dict]]) -> list[list[str]]:
+    base, rows = found[0][2], []
+    for label, job, result in found:
+        if "failed" in result:
+            rows.append([label, f"{job['guidance']:g}", result["failed"], *[""] * 5])
+            continue
+        ratio = f"{result['speed'] / base['speed']:.1f}x" if "speed" in base else ""
+        share = f"{100 * share_of(result):.0f} %" if share_of(result) else ""
+        rows.append([label, f"{job['guidance']:g}", f"{result['speed']:.1f}", ratio, terminal.size(result["peak"]), f"{result['norm']:.6g}", share,
+                     ", ".join(result["loaded"])])
+    return rows
+
+
+def check(targets: peaks.Targets, way: str, base: dict, ran: list[tuple[dict, dict]], on_gpu: bool) -> None:
+    """At least six times as fast at no more memory, with the same gradient."""
+    if "failed" in base or not ran:
+        targets.check(f"{way}: runs", "it does not", "it does", False)
+        return
+    room = 1.0 if on_gpu else 1.03  # a CPU process's peak moves by itself
+    fits = [result for _, result in ran if result["peak"] <= room * base["peak"]]
+    speed = max((result["speed"] for result in fits), default=0.0) / base["speed"]
+    targets.check(f"{way}: pair-steps/s, at no more memory", f"{speed:.1f}x" if fits else "none fits", "6x", speed >= 6)
+    apart = max(abs(result["norm"] / base["norm"] - 1) for _, result in ran)
+    most = 1e-3 if base["norm"] and not on_gpu else 0.05
+    targets.check(f"{way}: the same gradient norm", f"{apart:.1e} apart", f"{most:g}", apart <= most)
+
+
+def check_device(targets: peaks.Targets, options: argparse.Namespace, share: float, peak: float) -> None:
+    """What is promised of a GPU and a model of full size."""
+    on_gpu, size = options.device.startswith("cuda"), peaks.needs_size(options.model, options.size)
+    if on_gpu and options.model in peaks.FULL_SIZE:
+        targets.check("share of the measured bf16 matrix peak", f"{100 * share:.0f} %", "30 %, better 45 %", share >= 0.3)
+    else:
+        targets.not_here("share of the measured bf16 matrix peak", "30 %, better 45 %", "needs a GPU and a model of full size")
+    for (model, side), most in MOST_MEMORY.items():
+        wanted = f"at most {terminal.size(most)}"
+        if on_gpu and (options.model, size, options.rank) == (model, side, 16):
+            targets.check(f"peak memory of {model} at {side}, checkpointing", terminal.size(peak), wanted, peak <= most)
+        else:
+            targets.not_here(f"peak memory of {model} at {side}, checkpointing", wanted, f"--model {model} on a GPU, rank 16")
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1]) if len(sys.argv) > 1 else main()
+    main()

@@ -18,43 +18,55 @@ from PIL import Image
 from whole_runs import folder_of, manifests, refused, results, session, table, works
 
 from fashiondpo_pipeline import config, testing
-from fashiondpo_pipeline.generators.text2img import Text2Image
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
 from stages import finetune
 
 # -- what depends on what: one line a knob. Names of steps are those of folders, with the round before.
 
 HELD_OUT = r"\d (held-out-.*|evaluate)"
+SHOWN = rf"0 encode|{HELD_OUT}"
 EVALUATE = r"\d evaluate"
 PREFERRED = r"1 (pair|finetune|held-out-.*|evaluate)|2 .*"  # pairs of round 1 and all that follows
 TRAINED = PREFERRED.replace("pair|", "")
-DRAWN = r"[12] .*"  # everything but the base's held-out pictures
+PICTURES = r"\d (?!encode).*"  # everything but the prompts' encodings
+CANDIDATES = r"[12] .*"  # everything but the base's held-out pictures
+DRAWN = rf"0 encode|{CANDIDATES}"
 EVERYTHING = r"\d .*"
 NOTHING = r"(?!)"
+REFUSED = ""
 
 KNOBS = {
     "name=other": NOTHING,
-    "seed=8": EVERYTHING,
+    "seed=8": PICTURES,
     "rounds=9": NOTHING,
-    "generator.use=fashiondpo_pipeline.generators.text2img:Text2Image": EVERYTHING,
-    "generator.model={other_model}": EVERYTHING,
-    "generator.revision=abc": NOTHING,  # a folder is what its files are
+    "generator.use=fashiondpo_pipeline.generators.text2img:text2img": EVERYTHING,
+    "generator.model={other_model}": PICTURES,
+    "generator.revision=abc": REFUSED,  # a folder is what its files are
     "generator.variant=fp16": EVERYTHING,
     "generator.dtype=float16": EVERYTHING,
     "generator.prediction=epsilon": NOTHING,  # a check, not a choice
+    "generator.config=elsewhere": REFUSED,  # of a single file, which this model is not
+    "generator.lora=prompts.txt": PICTURES,  # any file, as it is only hashed here
+    "generator.lora_scale=0.5": NOTHING,  # without a LoRA
     "prompts.file=more.txt": DRAWN,  # one training prompt more
-    "prompts.file=more_held_out.txt": HELD_OUT,
+    "prompts.file=more_held_out.txt": SHOWN,
     "prompts.held_out=0.8": EVERYTHING,
     "prompts.most_train=3": DRAWN,
-    "prompts.most_held_out=3": HELD_OUT,
-    "sample.candidates=5": DRAWN,
-    "sample.steps=5": EVERYTHING,
-    "sample.guidance=2.0": EVERYTHING,
-    "sample.eta=0.5": EVERYTHING,
+    "prompts.most_held_out=3": SHOWN,
+    "sample.candidates=5": CANDIDATES,
+    "sample.steps=5": PICTURES,
+    "sample.guidance=2.0": PICTURES,
+    "sample.guidance_interval=[0.2, 0.8]": PICTURES,
+    "sample.guidance_rescale=0.7": PICTURES,
+    "sample.eta=0.5": PICTURES,
     "sample.negative=blurred": EVERYTHING,
-    "sample.height=32": EVERYTHING,
-    "sample.width=32": EVERYTHING,
-    "sample.save=2": DRAWN,
-    "sample.tile=4": EVERYTHING,
+    "sample.height=32": PICTURES,
+    "sample.width=32": PICTURES,
+    "sample.save=2": CANDIDATES,
+    "sample.path=false": CANDIDATES,
+    "sample.predictions=true": CANDIDATES,
+    "sample.tile=4": PICTURES,
     "experts.mood.options.moods={red: 0.5}": rf"\d (held-out-)?score-mood|{PREFERRED}",
     "experts.bright.use=whole_runs:Mood": rf"\d (held-out-)?score-bright|{EVALUATE}",  # watched only
     "experts.another.use=fashiondpo_pipeline.testing:Brightness": rf"\d (held-out-)?score-another|{EVALUATE}",
@@ -69,8 +81,16 @@ KNOBS = {
     "pair.per_candidate=3": PREFERRED,
     "pair.labels=swapped": PREFERRED,
     "finetune.objective=diffusion_dpo": TRAINED,
+    "finetune.options={label_smoothing: 0.1}": TRAINED,
+    "finetune.signal=error": TRAINED,
     "finetune.beta=50": TRAINED,
+    "finetune.auto_beta=0.3": TRAINED,
     "finetune.reference=base": TRAINED,
+    "finetune.reference_decay=0.5": TRAINED,
+    "finetune.reference_mix=0.2": TRAINED,
+    "finetune.guard=0.9": TRAINED,
+    "finetune.replay=0.5": TRAINED,
+    "finetune.condition_dropout=0.1": TRAINED,
     "finetune.noise=fresh": TRAINED,
     "finetune.draws=9": TRAINED,
     "finetune.min_snr=5": TRAINED,
@@ -80,22 +100,28 @@ KNOBS = {
     "finetune.groups=2": TRAINED,
     "finetune.window=[0, 1]": TRAINED,
     "finetune.timesteps=3": TRAINED,
+    "finetune.pick=accuracy": TRAINED,
     "finetune.micro_batch=9": TRAINED,
+    "finetune.checkpointing=true": TRAINED,
     "finetune.learning_rate=1e-4": TRAINED,
     "finetune.warmup=2": TRAINED,
     "finetune.decay=none": TRAINED,
     "finetune.weight_decay=0": TRAINED,
     "finetune.max_grad_norm=2": TRAINED,
+    "finetune.adapter=dora": TRAINED,
     "finetune.rank=4": TRAINED,
     "finetune.alpha=4": TRAINED,
     "finetune.targets=[to_q]": TRAINED,
     "finetune.precision=bf16": TRAINED,
+    "finetune.negative=true": r"\d negative",
     "finetune.checkpoint_every=5": NOTHING,
     "evaluate.pictures=3": HELD_OUT,
     "evaluate.steps=5": HELD_OUT,
     "evaluate.guidance=2.0": HELD_OUT,
     "evaluate.eta=0.5": HELD_OUT,
     "evaluate.judge=clip_t": EVALUATE,
+    "evaluate.drift=2": NOTHING,
+    "evaluate.keep=best": r"2 .*",  # what round 2 starts from is then known once round 1 is evaluated
     "evaluate.bootstrap=500": EVALUATE,
     "evaluate.interval=0.9": EVALUATE,
     "report.prompts=1": NOTHING,
@@ -105,6 +131,7 @@ KNOBS = {
     "machine.batch=1": NOTHING,
     "machine.shard=1": NOTHING,
     "machine.threads=2": NOTHING,
+    "machine.compile=true": NOTHING,
 }
 MOOD = "experts.mood.use=whole_runs:Mood"
 WEIGHTS = "pair.weights={clip_t: 0.5, mood: 0.5}"
@@ -131,7 +158,12 @@ def test_one_knob_re_runs_what_depends_on_it_and_nothing_else(place, others, kno
     change = knob
     for name, path in others.items():
         change = change.replace(name, path)
-    before, after = claims(), claims(change)
+    before = claims()
+    if KNOBS[knob] == REFUSED:
+        with pytest.raises(UserError, match=change.partition("=")[0]):
+            claims(change)
+        return
+    after = claims(change)
     assert set(before) <= set(after)
     assert {name for name in after if after[name] != before.get(name)} == {n for n in after if re.fullmatch(KNOBS[knob], n)}
 
@@ -250,12 +282,12 @@ OBJECTIVES = {
 def forwards(monkeypatch) -> list[list[bool]]:
     """For each round's finetuning, whether each call of the denoiser was with gradient, in order."""
     rounds, training = [], []
-    denoise, run = Text2Image.denoise, finetune.run
+    denoise, run = DiffusersModel.denoise, finetune.run
 
-    def counted(self, x_t, t, tokens):
+    def counted(self, x_t, t, parts):
         if training:
             rounds[-1].append(torch.is_grad_enabled())
-        return denoise(self, x_t, t, tokens)
+        return denoise(self, x_t, t, parts)
 
     def ran(*args):
         training.append(True)
@@ -263,7 +295,7 @@ def forwards(monkeypatch) -> list[list[bool]]:
         run(*args)
         training.clear()
 
-    monkeypatch.setattr(Text2Image, "denoise", counted)
+    monkeypatch.setattr(DiffusersModel, "denoise", counted)
     monkeypatch.setattr(finetune, "run", ran)
     return rounds
 
@@ -271,8 +303,9 @@ def forwards(monkeypatch) -> list[list[bool]]:
 def train(number: int, *sets: str):
     """A session whose rounds are made up to finetuning, nothing held out."""
     made = session(*sets)
-    for r in made.chain(number).rounds[1:]:
-        made.execute([r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune])
+    chain = made.chain(number)
+    for r in chain.rounds[1:]:
+        made.execute([chain.encode, r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, r.finetune])
     return made
 
 
@@ -300,31 +333,35 @@ def test_each_round_starts_with_loss_log_two_and_no_reference_forward(finished):
 @pytest.mark.parametrize("sets", [OBJECTIVES[name] for name in ("step_dpo", "diffusion_dpo, tracked", "diffusion_dpo, fresh")])
 def test_the_base_as_reference_is_asked_once_before_training_and_answers_for_itself(place, forwards, monkeypatch, sets):
     asked = []
-    reference = finetune.Store.reference
 
-    def kept(store, generator, base):
-        asked.append((store, reference(store, generator, base)))
-        return asked[-1][1]
+    class Kept(finetune.Reference):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            asked.append(self)
 
-    monkeypatch.setattr(finetune.Store, "reference", kept)
+    monkeypatch.setattr(finetune, "Reference", Kept)
     made = train(2, "finetune.reference=base", *sets)
-    calls, (store, cached) = forwards[1], asked[1]
+    calls, store, cached = forwards[1], asked[1].store, asked[1].numbers
     assert not any(calls[: calls.count(False)]), "first the reference, and then never again"
-    places = [(row, column) for group in store.groups for row in group.rows for column in range(store.columns)]
+    places = [(row, column) for row in range(len(store.names)) for column in range(store.columns)]
     numbers = made.output(made.chain(2).rounds[2].finetune).manifest["numbers"]
     assert numbers["reference_rows_before"] == len(places)
-    rows, columns = np.array(places).T
-    base = made.generator(None)
+    assert numbers["reference"] == {"kind": "base", "hash": asked[1].hash}
+    made.generator(None)
     with torch.inference_mode():
-        live = np.concatenate([store.signal(base, rows[i : i + 8], columns[i : i + 8]).numpy() for i in range(0, len(rows), 8)])
-    assert cached[rows, columns] == pytest.approx(live, rel=1e-4, abs=1e-6)
+        for some in np.array_split(np.array(places), len(places) // 8):
+            rows, columns = some.T
+            live = store.signals_of(rows, columns, store.spot(rows, columns), store.predict(rows, columns))
+            for name, values in cached.items():
+                assert values[rows, columns] == pytest.approx(live[name].numpy(), rel=1e-4, abs=1e-6)
     assert numbers["first_loss"] != pytest.approx(math.log(2), abs=1e-5), "in round 2 the policy is no longer the base"
 
 
 def test_a_spoilt_cache_is_noticed_at_step_0(place):
     made = session()
-    r = made.chain(1).rounds[1]
-    made.execute([r.sample, *r.embeddings.values(), *r.scores.values(), r.pair])
+    chain = made.chain(1)
+    r = chain.rounds[1]
+    made.execute([chain.encode, r.sample, *r.embeddings.values(), *r.scores.values(), r.pair])
     sample = made.output(r.sample)
     for shard in sample.shards("trajectories"):
         parts = {name: sample.table(name, shard=shard) for name in ("candidates", "trajectories")}
@@ -336,23 +373,23 @@ def test_a_spoilt_cache_is_noticed_at_step_0(place):
     told = refused("finetune", "--round", "1", "--set", "finetune.step_weight=density")
     assert re.fullmatch(
         r"round 1 finetune: at step 0 the policy is its own reference, yet a margin is 100 and the loss \d+\.\d{4} instead of "
-        r"0 and 0\.6931: the candidates were drawn with other numerics than finetune uses; draw and finetune with the same "
+        r"a margin of 0: the candidates were drawn with other numerics than finetune uses; draw and finetune with the same "
         r"dtype, precision and device, or lower finetune\.beta", told)
 
 
 def test_a_picture_that_broke_takes_no_part_and_does_not_stop_the_others(place, monkeypatch):
-    denoise = Text2Image.denoise
+    denoise = DiffusersModel.denoise
 
-    def spoilt(self, x_t, t, tokens):
-        found = denoise(self, x_t, t, tokens)
+    def spoilt(self, x_t, t, parts):
+        found = denoise(self, x_t, t, parts)
         return torch.where((x_t.flatten(1)[:, :1] > 2.2)[..., None, None], torch.nan, found)
 
-    monkeypatch.setattr(Text2Image, "denoise", spoilt)
+    monkeypatch.setattr(DiffusersModel, "denoise", spoilt)
     told = works("round", "--n", "1")
     faults = table(folder_of(place / "runs/t", 1, "sample"), "candidates").filter(pc.field("fault").is_valid())
     assert 0 < len(faults) < 12
     assert set(faults["fault"].to_pylist()) == {"the latent is not finite"}
-    assert f"round 1: {len(faults)} of 24 pictures are broken and take no part (latents not finite)" in told.err
+    assert f"round 1: {len(faults)} of 24 pictures are broken and take no part (the latent is not finite)" in told.err
     pairs = table(folder_of(place / "runs/t", 1, "pair"), "pairs").to_pylist()
     used = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
     assert not used & {(row["group"], row["candidate"]) for row in faults.to_pylist()}

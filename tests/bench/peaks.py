@@ -99,6 +99,9 @@ class Invented(Source):
         return {"_class_name": self.of["pipeline"], part: ["diffusers", kind], "vae": ["diffusers", "AutoencoderKL"],
                 "scheduler": ["diffusers", self.of["scheduler"][0]]}
 
+    def identity(self, *parts: str) -> str:
+        return self.name
+
     def config(self, part: str) -> dict:
         return self.of["vae"] if part == "vae" else self.of["scheduler"][1] if part == "scheduler" else self.of["denoiser"][2]
 

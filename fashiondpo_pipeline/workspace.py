@@ -4,6 +4,7 @@ A step of many shards also keeps its narrow tables in `whole/`, one file each, f
 takes longer than reading a million rows. It is made of the shards when the step ends, listed in the manifest, and never the only copy.
 """
 
+import io
 import json
 import os
 import shutil
@@ -281,6 +282,12 @@ def read_json(path: Path) -> Any:
 def write_parquet(path: Path, table: pa.Table) -> None:
     """Whole or not at all: temporary name, fsync, rename. Same table, same bytes."""
     _put(path, lambda draft: pq.write_table(table, draft, row_group_size=ROWS, **_packing(table.schema)))
+
+
+def packed_size(table: pa.Table) -> int:
+    """Bytes of the file that `write_parquet` would write."""
+    pq.write_table(table, buffer := io.BytesIO(), row_group_size=ROWS, **_packing(table.schema))
+    return buffer.tell()
 
 
 def _packing(schema: pa.Schema) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fashiondpo_pipeline import diagnosis, experts
+from fashiondpo_pipeline import diagnosis, experts, memory
 from fashiondpo_pipeline.checkpoints import Source, open_source
 from fashiondpo_pipeline.config import Config, Pair
 from fashiondpo_pipeline.embedded import locate
@@ -93,6 +93,7 @@ class Session:
         self.track = track if track and self.first else lambda items, text, total, done=0: items
         self._experts = {name: experts.make(name, e.use, e.options) for name, e in config.experts.items()}
         self._loaded: tuple[str, Any] | None = None
+        self.peaks: dict[str, int] = {}  # folder of a step that was run -> the most memory meanwhile
         self._adapter: Path | None = None
 
     # -- what the configuration names
@@ -206,8 +207,10 @@ class Session:
             if self.first:
                 out.open()
             self.wait()
+            memory.forget()
             if self.first or step.stage in SHARED:
                 import_module(f"stages.{step.stage}").run(self, step, out)
+            self.peaks[step.folder] = memory.peak()
             ran.append(step)
         self.wait()
         return ran

@@ -152,6 +152,7 @@ class DiffusersModel:
         return Flow(self.scheduler.sigmas.double().cpu(), self.scheduler.timesteps.float().cpu())
 
     _most_shift: ClassVar[float] = 1.16
+    branches: ClassVar[int] = 2  # that guidance mixes
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -176,6 +177,10 @@ class DiffusersModel:
 
     def encode(self, prompt: str) -> Parts:
         """The parts of a condition that a prompt gives, each without a batch dimension."""
+        raise NotImplementedError
+
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of those parts, read from the configurations: what the table of prompts will hold."""
         raise NotImplementedError
 
     def empty(self) -> Parts | None:

@@ -25,10 +25,15 @@ class Flux(DiffusersModel):
     patch = 2
     default_size = 128  # the transformer's configuration names no size; diffusers draws 1024 pixels
     _most_shift = 1.15
+    branches = 1
 
     def encode(self, prompt: str) -> Parts:
         tokens, pooled, _ = self.text.encode_prompt(prompt, None, self.device)
         return {"tokens": tokens[0], "pooled": pooled[0]}
+
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        tokens = 512, self.source.config("text_encoder_2")["d_model"]  # diffusers fills up to as many
+        return {"tokens": tokens, "pooled": (self.source.config("text_encoder")["hidden_size"],)}
 
     def condition(self, rows: list[dict], guidance: Guidance, negative: str = "") -> Condition:
         if negative:

@@ -18,5 +18,9 @@ class StableDiffusion(DiffusersModel):
     def encode(self, prompt: str) -> Parts:
         return {"tokens": self.text.encode_prompt(prompt, self.device, 1, False)[0][0]}
 
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        text = self.source.config("text_encoder")
+        return {"tokens": (text["max_position_embeddings"], text["hidden_size"])}
+
     def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         return denoiser(x_t, t, parts["tokens"], return_dict=False)[0]

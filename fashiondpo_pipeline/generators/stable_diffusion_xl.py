@@ -19,6 +19,10 @@ class StableDiffusionXL(DiffusersModel):
         tokens, _, pooled, _ = self.text.encode_prompt(prompt, None, self.device, 1, False)
         return {"tokens": tokens[0], "pooled": pooled[0]}
 
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        first, second = (self.source.config(name) for name in ("text_encoder", "text_encoder_2"))
+        return {"tokens": (first["max_position_embeddings"], first["hidden_size"] + second["hidden_size"]), "pooled": (second["projection_dim"],)}
+
     def empty(self) -> Parts | None:
         """Zeros, as the model was trained without a prompt and diffusers draws without a negative one."""
         if not self.source.index.get("force_zeros_for_empty_prompt", True):

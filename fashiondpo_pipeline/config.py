@@ -42,6 +42,11 @@ SavedSteps = Annotated[
     Literal["all"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]],
     _only("all, a count from 1, or a list of step numbers from 0"),
 ]
+Targets = Annotated[str | list[str], _only("attention, attention+mlp, or a list of module names")]
+Objectives = Annotated[
+    str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)],
+    _only("an objective's name, or a mix of them with weights above 0, such as {step_dpo: 1, sft: 0.1}"),
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Window = Annotated[
     list[Annotated[float, Field(ge=0, le=1)]],
@@ -182,7 +187,7 @@ class Pair(Section):
 class Finetune(Section):
     """Preference tuning on the pairs, group-batched: each candidate goes through the denoiser once for all its pairs."""
 
-    objective: str | dict[str, Annotated[float, Field(gt=0)]] = Field(
+    objective: Objectives = Field(
         "step_dpo", description="step_dpo (log-probabilities of the steps taken), diffusion_dpo (errors), another by name (README), "
         "or a mix: {step_dpo: 1, sft: 0.1}"
     )
@@ -250,7 +255,7 @@ class Finetune(Section):
     )
     rank: int = Field(8, ge=1, description="of the LoRA; 4 to 32")
     alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha/rank; null: alpha = rank")
-    targets: str | list[str] = Field(
+    targets: Targets = Field(
         "attention", description="attention, attention+mlp, or a list of module names (or their ends) that get an adapter"
     )
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision (autocast) of the policy's forwards")

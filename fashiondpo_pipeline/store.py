@@ -70,7 +70,7 @@ class Store:
         for table in tables:
             keys = zip(table["group"].to_pylist(), table["candidate"].to_pylist(), strict=True)
             rows = [n for n, key in enumerate(keys) if key in wanted]
-            for row in table.take(rows).to_pylist():
+            for row in table.take(pa.array(rows, pa.int64())).to_pylist():
                 self._add(row, prompts[row["group"]], suffix)
 
     @property

@@ -57,12 +57,12 @@ def test_a_window_without_a_saved_step_is_refused_before_sampling(place):
 def test_an_objective_that_needs_what_the_sampler_will_not_give_is_refused_before_sampling(place):
     assert refused(*cheap("sample.eta=0")) == (
         "finetune.objective step_dpo needs log-probabilities, which sample.eta 0 does not give: raise sample.eta, "
-        "or use diffusion_dpo")
+        "use diffusion_dpo, or set finetune.signal to error")
     assert not list((place / "runs/t").glob("round-*"))
     works("sample", "--round", "1", "--set", "sample.eta=0")
     works("score", "--round", "1", "--set", "sample.eta=0")
     works("pair", "--round", "1", "--set", "sample.eta=0")
-    assert refused("finetune", "--round", "1", "--set", "sample.eta=0").startswith("finetune.objective step_dpo needs log-prob")
+    assert refused("finetune", "--round", "1", "--set", "sample.eta=0").startswith("finetune.objective needs log-prob")
     works("finetune", "--round", "1", "--set", "sample.eta=0", "--set", "finetune.objective=diffusion_dpo")
 
 
@@ -107,8 +107,9 @@ def test_a_model_folder_that_is_not_there(place):
 def test_a_hub_id_that_cannot_be_reached(place):
     told = refused(*cheap("generator.model=nobody/nothing"))
     assert re.fullmatch(
-        r"generator\.model: 'nobody/nothing' cannot be loaded \(.*\); it must be a diffusers folder, or a hub id that can be "
-        r"reached \(offline: download it elsewhere and name its folder\)", told)
+        r"generator\.model: 'nobody/nothing' cannot be loaded \(.*\); it must be a diffusers folder, a single-file checkpoint, or a hub id "
+        r"that can be reached \(offline: run `hf download ID` where there is a network, copy the folder here and name it; or copy the hub's "
+        r"cache and set HF_HOME\)", told)
 
 
 def test_a_model_that_predicts_something_else(place, tiny_sd, tiny_sd_v):
@@ -276,8 +277,9 @@ def spoil(step, made, place: tuple[int, int]) -> dict:
 
 def test_a_corrupt_picture_is_a_missing_score_with_a_reason_and_never_a_crash(place):
     made = session()
-    base, r = made.chain(1).rounds
-    made.execute([base.held_out, r.sample])
+    chain = made.chain(1)
+    base, r = chain.rounds
+    made.execute([chain.encode, base.held_out, r.sample])
     spoil(base.held_out, made, (0, 1))
     bad = spoil(r.sample, made, (1, 2))
     name = f"{bad['group']}/{bad['candidate']}"

@@ -121,8 +121,10 @@ def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
         ("sample: {eta: no}", "sample.eta: should be a number, not false"),
         ("sample: {eta: high}", "sample.eta: should be a number, not 'high'"),
         ("sample: {negative: 3}", "sample.negative: should be text, not 3"),
-        ("finetune: {targets: to_q}", "finetune.targets: should be a list, not 'to_q'"),
-        ("finetune: {targets: [to_q, 1]}", "finetune.targets.1: should be text, not 1"),
+        *((f"finetune: {{targets: {shown}}}", f"finetune.targets: should be attention, attention+mlp, or a list of module names, not {shown}")
+          for shown in ("['to_q', 1]", "3")),
+        *((f"finetune: {{objective: {shown}}}", "finetune.objective: should be an objective's name, or a mix of them with weights above 0, such "
+           f"as {{step_dpo: 1, sft: 0.1}}, not {shown}") for shown in ("{'step_dpo': 0}", "['step_dpo']", "{}")),
         ("sample: 3", "sample: should be a section with keys, not 3"),
         ("experts: [a]", "experts: should be a section with keys, not ['a']"),
         ("experts: {a: clip_text}", "experts.a: should be a section with keys, not 'clip_text'"),
@@ -136,7 +138,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
         ("seed: -1", "seed: should be greater than or equal to 0, not -1"),
         # choices
         ("generator: {dtype: half}", "generator.dtype: should be 'float32', 'float16' or 'bfloat16', not 'half'"),
-        ("pair: {normalise: z}", "pair.normalise: should be 'zscore', 'minmax' or 'rank', not 'z'"),
+        ("pair: {normalise: z}", "pair.normalise: should be 'zscore', 'minmax', 'rank' or 'winrate', not 'z'"),
         ("machine: {device: gpu}", "machine.device: should be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
         ("machine: {device: 0}", "machine.device: should be auto, cpu, mps, cuda or cuda:N, not 0"),
         ("sample: {save: [1, x]}", f"sample.save: {SAVED}, not [1, 'x']"),

@@ -45,9 +45,12 @@ def test_its_files_exist():
         assert (ROOT / name).exists(), name
 
 
-def test_its_stable_diffusion_recipe_is_taken_as_printed(tmp_path, monkeypatch):
+def test_its_stable_diffusion_recipe_is_taken_as_printed(tmp_path, monkeypatch, tiny_sd):
+    """But for the model, which is on the hub: a folder stands in for it."""
     monkeypatch.chdir(tmp_path)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    recipe, count = re.subn(r"^generator:\n(  .*\n)+", f"generator:\n  model: {tiny_sd}\n", recipe, flags=re.MULTILINE)
+    assert count == 1
     (tmp_path / "pipeline.yaml").write_text(recipe)
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red dress number {i}" for i in range(20)))
     assert "denoiser rows" in works("plan", "--n", "1").err

@@ -203,23 +203,26 @@ def status(
 
 @app.command()
 def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds; default: as configured")] = None,
+         probe: Annotated[bool, typer.Option("--probe", help="do a little of each kind of work first: seconds, memory, pictures' bytes")] = False,
          config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
-    """What a run will cost before anything runs: rows, bytes and denoiser forwards of each step."""
+    """What a run will cost before anything runs: rows, bytes and denoiser forwards of each step; with --probe hours and memory too."""
     from stages import plan as stage
 
     session = _session(config, sets, name)
-    stage.show_plan(session, session.chain(n or session.config.rounds))
+    stage.show_plan(session, session.chain(n or session.config.rounds), probe)
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="what to draw")],
+    prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a .txt, .csv, .jsonl or .parquet")] = None,
     round: Annotated[int | None, typer.Option("--round", "-r", min=0, help="whose adapter; 0 is the base; default: the last finished round")] = None,
-    count: Annotated[int, typer.Option("--count", "-k", min=1, help="pictures; picture i is drawn from seed + i")] = 4,
+    count: Annotated[int, typer.Option("--count", "-k", min=1, help="pictures a prompt; picture i is drawn from seed + i")] = 4,
     seed: Annotated[int, typer.Option(help="as torch.Generator().manual_seed(seed + i) in diffusers")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: as in sample")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="guidance; default: as in sample")] = None,
     eta: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="DDIM noise; default: as in sample")] = None,
+    negative: Annotated[bool, typer.Option("--negative", help="guide away from the round's negative LoRA (finetune.negative)")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for the pictures; default: generated/ in the run's folder")] = None,
     pairs: PairsId = None,
     config: ConfigFile = None,
@@ -229,22 +232,25 @@ def generate(
     """Draw pictures with a round's adapter."""
     from stages import generate as stage
 
-    stage.run(_session(config, sets, name), prompt, round, pairs, count, seed, steps, guidance, eta, out)
+    wish = stage.Wish(stage.prompts_of(prompt, prompts), count, seed, steps, guidance, eta, negative)
+    stage.run(_session(config, sets, name), wish, round, pairs, out)
 
 
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to put the LoRA")],
     round: RoundNumber = None,
+    format: Annotated[str, typer.Option("--format", "-f", metavar="diffusers|kohya", help="kohya: for ComfyUI, A1111, sd-scripts")] = "diffusers",
+    merge: Annotated[bool, typer.Option("--merge", help="one file of the LoRA the run started from (generator.lora) and the round's")] = False,
     pairs: PairsId = None,
     config: ConfigFile = None,
     sets: Sets = None,
     name: RunName = None,
 ) -> None:
-    """Write a round's LoRA for diffusers' load_lora_weights, with where it comes from beside it."""
+    """Write a round's LoRA (or fully tuned denoiser) for diffusers or for kohya's readers, with where it comes from beside it."""
     from stages import export as stage
 
-    stage.run(_session(config, sets, name), folder, round, pairs)
+    stage.run(_session(config, sets, name), folder, round, pairs, format, merge)
 
 
 @app.command("config")

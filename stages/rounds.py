@@ -7,7 +7,7 @@ from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session
 from stages.naming import command_for
-from stages.plan import estimate
+from stages.plan import compare, estimate
 
 
 def run(session: Session, n: int | None) -> None:
@@ -30,6 +30,7 @@ def run(session: Session, n: int | None) -> None:
     if not session.first:
         return
     _table(session, chain)
+    compare(session, chain)
     found = {r.number: session.output(r.evaluate).manifest["numbers"] for r in chain.rounds[1:]}
     judge, drift = session.config.evaluate.judge or "mix", session.config.evaluate.drift
     for alarm in diagnosis.of_rounds(found, drift):

@@ -49,6 +49,9 @@ def run(session, step: Step, out: Output) -> None:
 
 def embedded(tower: Tower, candidates: Output, shards: list[int], say: Callable[[str], None]) -> Iterator[Shard]:
     """Shards with their vectors. Pictures are read and decoded ahead; the tower's tiles are full across the ends of shards."""
+    if shards:
+        tower.load()
+
     def read(number: int) -> tuple[Shard, list[dict]]:
         table = candidates.table("candidates", ["group", "candidate", "picture", "fault"], number)
         return Shard(number, table.select(["group", "candidate"])), table.to_pylist()

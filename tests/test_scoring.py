@@ -1,8 +1,10 @@
 """Pictures are read ahead and embedded in full tiles, and nobody can tell from the numbers."""
 
+import gc
 import math
 import threading
 import time
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +54,25 @@ def test_whoever_stops_early_leaves_no_thread_at_work():
     next(results)
     results.close()
     assert threading.active_count() == before
+
+
+# -- a tower
+
+
+def test_experts_on_one_tower_hold_one_network_and_it_goes_with_the_last(tiny_clip):
+    experts = [ClipText(f"local-dir:{tiny_clip}"), ClipText(f"local-dir:{tiny_clip}")]
+    for expert in experts:
+        expert.load("cpu", None)
+        expert._tower.load()
+    first, second = (weakref.ref(expert._tower._loaded.net) for expert in experts)
+    assert first() is second()
+    experts.pop()
+    gc.collect()
+    assert first() is not None
+    experts.clear()
+    del expert
+    gc.collect()
+    assert first() is None
 
 
 # -- a run's pictures

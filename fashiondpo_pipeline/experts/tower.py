@@ -1,9 +1,11 @@
 """A CLIP tower through open_clip's ordinary factory: pictures and texts to unit vectors."""
 
 import logging
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -13,6 +15,18 @@ from fashiondpo_pipeline.identity import hash_path
 
 LOCAL = "local-dir:"
 TILE = 64  # rows in each call, always filled up: kernels round by shape, and a score must not depend on its neighbours
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """A network, what it does to a picture, and what it does to texts."""
+
+    net: Any
+    see: Any
+    read: Any
+
+
+_SHARED: WeakValueDictionary[tuple, _Loaded] = WeakValueDictionary()  # several experts on one tower hold the same network
 
 
 class Tower:
@@ -40,8 +54,18 @@ class Tower:
             raise UserError(f"CLIP model '{self.model}': {weights}, or a {LOCAL}PATH")
         return f"{self.model}/{self.pretrained}"
 
+    def load(self) -> None:
+        """Have the network in memory: at once, as several threads must not each load it."""
+        self._loaded  # noqa: B018 - a cached property is made by looking at it
+
     @cached_property
-    def _net(self) -> tuple[Any, Any, Any]:
+    def _loaded(self) -> _Loaded:
+        key = self.name, self.identity(), self.device
+        found = _SHARED.get(key) or self._load()
+        _SHARED[key] = found
+        return found
+
+    def _load(self) -> _Loaded:
         import open_clip
 
         logging.getLogger().setLevel(logging.WARNING)  # open_clip reports each step of loading to the root logger
@@ -54,23 +78,21 @@ class Tower:
                 f"CLIP model '{self.model}' with weights '{self.pretrained}' cannot be loaded ({detail}): "
                 "check both names, or name a folder with local-dir:PATH"
             ) from problem
-        return net.eval().requires_grad_(False), see, read
+        return _Loaded(net.eval().requires_grad_(False), see, read)
 
     def see(self, picture: Any) -> Any:
         """What the tower sees of a PIL picture: (3, h, w) float32, on the CPU; safe to call in several threads."""
-        _, see, _ = self._net
-        return see(picture)
+        return self._loaded.see(picture)
 
     def encode(self, seen: list[Any]) -> Any:
         """(b, d) float32 unit vectors, on the device, of at most TILE pictures that `see` has seen; a GPU may still be at it."""
         import torch
 
-        net, _, _ = self._net
         tile = torch.stack([*seen, *seen[-1:] * (TILE - len(seen))])  # (TILE, 3, h, w)
         if self.device.startswith("cuda"):
             tile = tile.pin_memory()
         with torch.inference_mode():
-            return net.encode_image(tile.to(self.device, non_blocking=True), normalize=True).float()[: len(seen)]
+            return self._loaded.net.encode_image(tile.to(self.device, non_blocking=True), normalize=True).float()[: len(seen)]
 
     def pictures(self, pictures: list[Any]) -> np.ndarray:
         """(b, d) float32 unit vectors of PIL pictures."""
@@ -81,5 +103,5 @@ class Tower:
         """(b, d) float32 unit vectors of texts."""
         from fashiondpo_pipeline.tiles import tiled
 
-        net, _, read = self._net
-        return tiled(lambda tile: net.encode_text(tile.to(self.device), normalize=True).float().cpu(), read(texts), TILE).numpy()
+        own = self._loaded
+        return tiled(lambda tile: own.net.encode_text(tile.to(self.device), normalize=True).float().cpu(), own.read(texts), TILE).numpy()

@@ -242,6 +242,7 @@ def export(
     round: RoundNumber = None,
     format: Annotated[str, typer.Option("--format", "-f", metavar="diffusers|kohya", help="kohya: for ComfyUI, A1111, sd-scripts")] = "diffusers",
     merge: Annotated[bool, typer.Option("--merge", help="one file of the LoRA the run started from (generator.lora) and the round's")] = False,
+    negative: Annotated[bool, typer.Option("--negative", help="the round's negative LoRA (finetune.negative) instead")] = False,
     pairs: PairsId = None,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -250,7 +251,7 @@ def export(
     """Write a round's LoRA (or fully tuned denoiser) for diffusers or for kohya's readers, with where it comes from beside it."""
     from stages import export as stage
 
-    stage.run(_session(config, sets, name), folder, round, pairs, format, merge)
+    stage.run(_session(config, sets, name), folder, round, pairs, format, merge, negative)
 
 
 @app.command("config")

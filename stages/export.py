@@ -12,17 +12,21 @@ from fashiondpo_pipeline.lora_formats import Lora
 from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.workspace import replace_bytes, write_json
 from stages import Session
+from stages.generate import negative_of
 from stages.single import finished
 
 FORMATS = ("diffusers", "kohya")
 
 
-def run(session: Session, folder: Path, number: int | None, pairs: str | None, form: str = "diffusers", merge: bool = False) -> None:
+def run(
+    session: Session, folder: Path, number: int | None, pairs: str | None, form: str = "diffusers", merge: bool = False, negative: bool = False,
+) -> None:
     if form not in FORMATS:
         raise UserError(f"--format: there is no '{form}'; {did_you_mean(form, list(FORMATS))}")
     step, number = finished(session, number, pairs)
     if step is None:
         raise UserError("round 0 is the base: it has no LoRA to export")
+    step = negative_of(session, number, pairs) if negative else step
     manifest, adapter = session.output(step).manifest, session.run.root / step.folder / "adapter"
     style = session.config.generator.lora
     if merge and not style:
@@ -30,13 +34,13 @@ def run(session: Session, folder: Path, number: int | None, pairs: str | None, f
     if (adapter / adapters.FULL_FILE).is_file():
         file, use = _denoiser(session, adapter, folder, form)
     elif form == "kohya" or merge:
-        file, use = _rewritten(session, adapter / adapters.FILE, folder, number, form, merge)
+        file, use = _rewritten(session, adapter / adapters.FILE, folder, f"round{number}{'-negative' if negative else ''}", form, merge)
     else:
         _copy(adapter, folder)
         file, use = folder / adapters.FILE, f'{session.source.family}.from_pretrained(...).load_lora_weights("{folder}")'
     g = session.config.generator
     lineage = {"base": g.model, "base_hash": session.generator_identity, "lora": style, "lora_scale": g.lora_scale if style else None,
-               "format": form, "merged": merge, "run": session.config.name, "round": number, "finetune": manifest["claim"],
+               "format": form, "merged": merge, "negative": negative, "run": session.config.name, "round": number, "finetune": manifest["claim"],
                "numbers": manifest["numbers"], "versions": manifest["versions"]}
     write_json(folder / "lineage.json", lineage)
     print(file)
@@ -60,7 +64,7 @@ def _copy(adapter: Path, folder: Path) -> None:
         replace_bytes(folder / file.name, file.read_bytes())
 
 
-def _rewritten(session: Session, adapter: Path, folder: Path, number: int, form: str, merge: bool) -> tuple[Path, str]:
+def _rewritten(session: Session, adapter: Path, folder: Path, label: str, form: str, merge: bool) -> tuple[Path, str]:
     """One file in another format, or with the LoRA that the run started from in it."""
     family = next((name for name, kind in lora_formats.FAMILIES.items() if kind.__name__ == session.source.family), None)
     if family is None:
@@ -69,7 +73,7 @@ def _rewritten(session: Session, adapter: Path, folder: Path, number: int, form:
     if form == "kohya":
         rank = len(next(tensor for name, tensor in tensors.items() if "lora_A" in name))
         tensors = lora_formats.to_kohya(tensors, family, alpha=rank)  # the scale is in the tensors
-        file = folder / f"{session.config.name}-round{number}.safetensors"
+        file = folder / f"{session.config.name}-{label}.safetensors"
         use = f"put {file} into ComfyUI's models/loras"
     else:
         file, use = folder / adapters.FILE, f'{session.source.family}.from_pretrained(...).load_lora_weights("{folder}")'

@@ -47,7 +47,9 @@ def run(session: Session, wish: Wish, number: int | None, pairs: str | None, out
     adapter, number = finished(session, number, pairs)
     knobs = session.config.sample
     guidance = Guidance(knobs.guidance if wish.guidance is None else wish.guidance, tuple(knobs.guidance_interval), knobs.guidance_rescale)
-    pushed = _negative(session, number, pairs, guidance) if wish.negative else None
+    if wish.negative and guidance.scale == 1:
+        raise UserError("--negative: guidance 1 has no second branch to draw with the negative LoRA; pass --guidance, such as 5")
+    pushed = _weights(session, negative_of(session, number, pairs)) if wish.negative else None
     generator = session.generator(adapter)
     generator.remember(wish.prompts)
     branches = generator.condition([{"prompt": wish.prompts[0]}], guidance, knobs.negative).weights
@@ -85,18 +87,21 @@ def _draw(generator, prompt: str, wish: Wish, guidance: Guidance, knobs, pushed:
         yield from (picture if good else None for picture, good in zip(pictures, sound, strict=True))
 
 
-def _negative(session: Session, number: int, pairs: str | None, guidance: Guidance) -> dict[str, Tensor]:
-    """The weights of a round's negative LoRA by name. Raises UserError if there is none, or nothing to guide away from it with."""
-    if guidance.scale == 1:
-        raise UserError("--negative: guidance 1 has no second branch to draw with the negative LoRA; pass --guidance, such as 5")
-    step: Step | None = None
-    if number:
-        section = {number: saved_pairs(session, number, pairs)} if pairs else None
-        step = session.chain(number, section).rounds[number].negative
+def negative_of(session: Session, number: int, pairs: str | None) -> Step:
+    """The step that trained a round's negative LoRA. Raises UserError if there is none, or it has not been run."""
+    if not number:
+        raise UserError("--negative: round 0 is the base: it has no negative LoRA")
+    section = {number: saved_pairs(session, number, pairs)} if pairs else None
+    step = session.chain(number, section).rounds[number].negative
     if step is None:
-        raise UserError(f"--negative: round {number} has no negative LoRA: " + (
-            "set finetune.negative to true and run `fdpo finetune --round N`, which trains it beside" if number else "it is the base"))
+        raise UserError(f"--negative: round {number} has no negative LoRA: set finetune.negative to true and run "
+                        f"`fdpo finetune --round {number}`, which trains it beside")
     session.output(step)
+    return step
+
+
+def _weights(session: Session, step: Step) -> dict[str, Tensor]:
+    """What a step trained, by name."""
     return {name: weight.detach().clone() for name, weight in adapters.parameters(session.generator(step).denoiser).items()}
 
 

@@ -136,6 +136,17 @@ def test_a_fully_tuned_denoiser_leaves_whole(tmp_path, request, monkeypatch):
         "--format kohya is for LoRAs, and this round tuned the whole denoiser (finetune.adapter: full): export it as diffusers")
 
 
+def test_the_negative_lora_leaves_too(tmp_path, request, monkeypatch):
+    _, asked = made(tmp_path, "sd", request, monkeypatch, "finetune.negative=true")
+    assert works("export", "k", "--negative", "--format", "kohya", *asked).out == "k/t-round1-negative.safetensors\n"
+    works("export", "plain", "--negative", *asked)
+    works("export", "tuned", *asked)
+    (trained,) = (tmp_path / "runs/t/round-01").glob("negative-*/adapter/*.safetensors")
+    assert (tmp_path / "plain" / adapters.FILE).read_bytes() == trained.read_bytes()
+    assert (tmp_path / "tuned" / adapters.FILE).read_bytes() != trained.read_bytes()
+    assert json.loads((tmp_path / "plain/lineage.json").read_text())["finetune"]["config"]["swapped"] is True
+
+
 def test_what_cannot_be_exported(finished, tiny_sd):
     assert refused("export", "x", "--format", "kohia") == "--format: there is no 'kohia'; did you mean 'kohya'?"
     assert refused("export", "x", "--merge") == (

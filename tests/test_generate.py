@@ -82,9 +82,9 @@ def test_every_kind_of_adapter_can_be_led_away_from(place, kind):
 
 def test_what_cannot_be_led_away_from(finished, tiny_flux, tiny_clip):
     assert refused("generate", "a hat", "--negative", "--guidance", "3") == (
-        "--negative: round 3 has no negative LoRA: set finetune.negative to true and run `fdpo finetune --round N`, which trains it beside")
+        "--negative: round 3 has no negative LoRA: set finetune.negative to true and run `fdpo finetune --round 3`, which trains it beside")
     assert refused("generate", "a hat", "--negative", "--guidance", "3", "--round", "0") == (
-        "--negative: round 0 has no negative LoRA: it is the base")
+        "--negative: round 0 is the base: it has no negative LoRA")
     assert refused("generate", "a hat", "--negative") == (
         "--negative: guidance 1 has no second branch to draw with the negative LoRA; pass --guidance, such as 5")
     assert "negative" in refused("generate", "a hat", "--negative", "--guidance", "3", *NEGATIVE), "it has not been trained yet"

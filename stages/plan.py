@@ -302,10 +302,14 @@ class Costs:
         with torch.device("meta"):
             denoiser = generator.source._class(generator.denoiser_part).from_config(generator.source.config(generator.denoiser_part))
             adapters.attach(denoiser.requires_grad_(False), knobs.rank, knobs.alpha or float(knobs.rank), knobs.targets, 0, knobs.adapter)
-        tensors = adapters.parameters(denoiser)
-        header = {f"{generator.denoiser_part}.{name.replace('.policy', '')}":
-                  {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [10**6, 10**6]} for name, tensor in tensors.items()}
-        return 4 * sum(tensor.numel() for tensor in tensors.values()) + len(json.dumps(header, separators=(",", ":")))
+        tensors = {f"{generator.denoiser_part}.{name.replace('.policy', '')}": list(tensor.shape)
+                   for name, tensor in adapters.parameters(denoiser).items()}
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            start, end = end, end + 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        notes = [name for config in getattr(denoiser, "peft_config", {}).values() for name in sorted(config.target_modules)]
+        return end + len(json.dumps(header, separators=(",", ":"))) + len(json.dumps(notes)) + 200  # its other notes
 
     def _bytes_of_evaluate(self, step: Step) -> int:
         after = step.inputs["after"]

@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from safetensors.torch import load_file
 
 _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -44,15 +45,39 @@ def vae_name(name, levels):
     return f"{side}.{way}.{level}.block.{inner}.{rest}" if kind == "resnets" else f"{side}.{way}.{level}.{way}sample.{rest}"
 
 
-def single_file(folder, layers, attending, text=True):
-    """The tensors of a diffusers folder (of two levels) as one file holds them; text: with Stable Diffusion 1.x's encoder."""
+_OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+_OPEN_CLIP_ENDS = {"embeddings.token_embedding.weight": "token_embedding.weight", "embeddings.position_embedding.weight": "positional_embedding",
+                   "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}
+
+
+def open_clip(tensors):
+    """A text encoder of transformers as open_clip holds it: query, key and value in one, the projection the other way round."""
+    found = {"text_projection": tensors["text_projection.weight"].T}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("text_model.")
+        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if name in _OPEN_CLIP_ENDS:
+            found[_OPEN_CLIP_ENDS[name]] = tensor
+        elif layer and layer[2] in _OPEN_CLIP:
+            found[f"transformer.resblocks.{layer[1]}.{_OPEN_CLIP[layer[2]]}.{layer[3]}"] = tensor
+        elif layer and layer[2] == "self_attn.q_proj":
+            three = [tensors[f"text_model.{name.replace('q_proj', part)}"] for part in ("q_proj", "k_proj", "v_proj")]
+            found[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = torch.cat(three)
+    return found
+
+
+def single_file(folder, layers, attending):
+    """The tensors of a diffusers folder (of two levels) as one file holds them."""
     read = lambda part, name="diffusion_pytorch_model": load_file(folder / part / f"{name}.safetensors")  # noqa: E731
     found = {f"model.diffusion_model.{unet_name(name, layers, attending)}": tensor for name, tensor in read("unet").items()}
     for name, tensor in read("vae").items():
         theirs = vae_name(name, 2)
         convolution = ".attn_1." in theirs and tensor.ndim == 2  # a linear layer there is a 1 x 1 convolution here
         found[f"first_stage_model.{theirs}"] = tensor[:, :, None, None] if convolution else tensor
-    if text:
-        for name, tensor in read("text_encoder", "model").items():
-            found[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    two = (folder / "text_encoder_2").is_dir()
+    place = "conditioner.embedders.0" if two else "cond_stage_model"
+    for name, tensor in read("text_encoder", "model").items():
+        found[f"{place}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    if two:
+        found |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in open_clip(read("text_encoder_2", "model")).items()}
     return {name: tensor.contiguous() for name, tensor in found.items()}

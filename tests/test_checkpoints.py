@@ -10,9 +10,10 @@ import huggingface_hub
 import pytest
 import torch
 import whole_runs
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from original_names import single_file
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fashiondpo_pipeline import adapters
 from fashiondpo_pipeline.checkpoints import OFFLINE, open_source
@@ -95,10 +96,33 @@ def test_weights_of_the_configuration_are_not_read_where_the_file_has_its_own(ti
     assert same(text2img(str(tiny_sd)), text2img(str(one_file), config=str(shape)))
 
 
-def test_parts_that_a_single_file_lacks_are_the_folders(tiny_sdxl, tmp_path):
-    file = tmp_path / "xl.safetensors"
-    save_file(single_file(tiny_sdxl, 2, {0}, text=False), file)
-    assert same(text2img(str(tiny_sdxl)), text2img(str(file), config=str(tiny_sdxl)))
+@pytest.fixture(scope="module")
+def two_widths(tiny_sdxl, tmp_path_factory):
+    """A Stable Diffusion XL folder whose second text encoder is twice as wide as its first: a file tells them apart by that."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, local_files_only=True)
+    torch.manual_seed(0)
+    text = pipe.text_encoder_2.config.to_dict() | {"hidden_size": 32, "projection_dim": 32}
+    wide = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(text))
+    unet = UNet2DConditionModel.from_config(
+        dict(pipe.unet.config) | {"cross_attention_dim": 48, "projection_class_embeddings_input_dim": 6 * 8 + 32})
+    folder = tmp_path_factory.mktemp("wide") / "sdxl"
+    StableDiffusionXLPipeline(**pipe.components | {"text_encoder_2": wide, "unet": unet}, add_watermarker=False).save_pretrained(folder)
+    return folder
+
+
+def test_a_single_file_of_sdxl_is_the_folder_it_was_made_of(two_widths, tmp_path):
+    save_file(single_file(two_widths, 2, {0}), tmp_path / "xl.safetensors")
+    shape = shutil.copytree(two_widths, tmp_path / "shape")
+    for weights in shape.glob("*/*.safetensors"):
+        weights.unlink()
+    assert same(text2img(str(two_widths)), text2img(str(tmp_path / "xl.safetensors"), config=str(shape)))
+
+
+def test_parts_that_a_single_file_lacks_are_the_folders(two_widths, tmp_path):
+    tensors = single_file(two_widths, 2, {0})
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model")}
+    save_file(tensors, tmp_path / "xl.safetensors")
+    assert same(text2img(str(two_widths)), text2img(str(tmp_path / "xl.safetensors"), config=str(two_widths)))
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])

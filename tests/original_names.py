@@ -81,3 +81,43 @@ def single_file(folder, layers, attending):
     if two:
         found |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in open_clip(read("text_encoder_2", "model")).items()}
     return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+_JOINT_ENDS = {
+    "pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder", "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0", "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+}
+_JOINT = {
+    "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj", "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k", "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k", "attn.norm_added_q": "context_block.attn.ln_q", "attn.norm_added_k": "context_block.attn.ln_k",
+    "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+}
+_THREE = {
+    "attn.to_q": ("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    "attn2.to_q": ("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+    "attn.add_q_proj": ("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+}
+
+
+def joint_transformer(tensors, blocks):
+    """The transformer of Stable Diffusion 3 as Stability's code names it: query, key and value in one, some shifts before scales."""
+    found = {"pos_embed": tensors["pos_embed.pos_embed"]}
+    for name, tensor in tensors.items():
+        module, _, end = name.rpartition(".")
+        block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module)
+        swapped = module in ("norm_out.linear", f"transformer_blocks.{blocks - 1}.norm1_context.linear")
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if swapped else tensor
+        if module in _JOINT_ENDS:
+            found[f"{_JOINT_ENDS[module]}.{end}"] = tensor
+        elif block and block[2] in _JOINT:
+            found[f"joint_blocks.{block[1]}.{_JOINT[block[2]]}.{end}"] = tensor
+        elif block and block[2] in _THREE:
+            one, three = _THREE[block[2]]
+            parts = [tensors[f"transformer_blocks.{block[1]}.{part}.{end}"] for part in three]
+            found[f"joint_blocks.{block[1]}.{one}.{end}"] = torch.cat(parts)
+    return {f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in found.items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import whole_runs
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from original_names import single_file
+from original_names import joint_transformer, single_file
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -137,6 +137,14 @@ def test_a_file_with_the_transformer_alone_is_enough(family, request, tmp_path):
     found = text2img(str(tmp_path / "transformer.safetensors"), config=str(folder), **size)
     assert same(text2img(str(other), **size), found)
     assert not same(text2img(str(folder), **size), found)
+
+
+def test_a_transformer_of_sd3_in_stabilitys_names_is_the_folders(tiny_sd3, tmp_path):
+    tensors = load_file(tiny_sd3 / "transformer/diffusion_pytorch_model.safetensors")
+    save_file(joint_transformer(tensors, 2), tmp_path / "sd3.safetensors")
+    shape = shutil.copytree(tiny_sd3, tmp_path / "shape")
+    (shape / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    assert same(text2img(str(tiny_sd3)), text2img(str(tmp_path / "sd3.safetensors"), config=str(shape)))
 
 
 class Trap:

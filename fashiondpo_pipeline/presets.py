@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "generator": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "revision": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
                       "dtype": "bfloat16"},
         "sample": {"candidates": 7, "steps": 30, "guidance": 5.0, "save": 8, "tile": 16},
-        "finetune": _TUNING | {"micro_batch": 28},
+        "finetune": _TUNING | {"micro_batch": 14},
     },
     "sdxl": _WATCHED | {
         "name": "sdxl",

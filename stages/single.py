@@ -101,11 +101,16 @@ def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
 
 
 def finished(session: Session, number: int | None, pairs: str | None = None) -> tuple[Step | None, int]:
-    """(finetune step, round) of the round named, or of the last finished one; (None, 0) for the base."""
+    """(finetune step, round) of the round named, else of the one that is kept: the last finished, or the best; (None, 0) for the base."""
     if number == 0:
         return None, 0
     if number is None:
-        number = last(session, session.chain(max(most_rounds(session), session.config.rounds)), lambda r: r.finetune)
+        chain = session.chain(max(most_rounds(session), session.config.rounds))
+        number = last(session, chain, lambda r: r.finetune)
+        if session.config.evaluate.keep == "best" and session.run.done(chain.rounds[number].evaluate):
+            number = session.kept(chain)
+            if not number:
+                return None, 0
     section = {number: saved_pairs(session, number, pairs)} if pairs else None
     step = session.chain(number, section).rounds[number].finetune
     session.output(step)

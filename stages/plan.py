@@ -301,7 +301,8 @@ class Costs:
             return 0
         with torch.device("meta"):
             denoiser = generator.source._class(generator.denoiser_part).from_config(generator.source.config(generator.denoiser_part))
-            adapters.attach(denoiser.requires_grad_(False), knobs.rank, knobs.alpha or float(knobs.rank), knobs.targets, 0, knobs.adapter)
+            if knobs.adapter != adapters.FULL:
+                adapters.attach(denoiser.requires_grad_(False), knobs.rank, knobs.alpha or float(knobs.rank), knobs.targets, 0, knobs.adapter)
         tensors = {f"{generator.denoiser_part}.{name.replace('.policy', '')}": list(tensor.shape)
                    for name, tensor in adapters.parameters(denoiser).items()}
         header, end = {}, 0

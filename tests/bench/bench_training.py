@@ -14,8 +14,8 @@ Two baselines, each with its own guidance and its own loss, and ours beside each
 All run with the same LoRA, precision and checkpointing, accumulate the gradient over the same pairs, and take no optimiser step. Ours
 is shown with a whole group at once, and with as few rows at once as the baseline has, where each row costs a second forward; with
 checkpointing where the baselines have none; and with four groups at once, which fills a large GPU. Peak memory is each one's own
-process's. The targets hold for the fastest of ours that takes no more memory than its baseline.
-The lines for GPUs have run on none yet.
+process's: on a GPU what its allocator held, on a CPU the most bytes of tensors that lived at once. The targets hold for the fastest
+of ours that takes no more memory than its baseline. The lines for GPUs have run on none yet.
 """
 
 import argparse
@@ -41,7 +41,8 @@ from fashiondpo_pipeline.store import Store, autocast
 from fashiondpo_pipeline.training import Group, Term, Unit, accumulate
 from stages.sample import _trajectories as trajectory_rows
 
-K, BETA, STEPS = 7, 2000.0, 4
+K, STEPS = 7, 4
+BETA = 100.0  # speed does not depend on it; a larger one multiplies the rounding of a reference that was computed in another batch
 PAIRS = list(combinations(range(K), 2))  # all 21: the lower number wins
 LOSSES = {"error": DIFFUSION_DPO, "log_prob": STEP_DPO}
 MOST_MEMORY = {("sd15", 512): 12e9, ("sdxl", 1024): 24e9}
@@ -182,9 +183,10 @@ def measure(job: dict) -> dict:
     step(work)  # the first one warms up, and its gradient is the one that is compared
     norm = work.gradient_norm()
     seconds = peaks.seconds(lambda: step(work), device, at_least=job["seconds"], most=5 if job["way"] != "ours" else 20)
-    peak = peaks.peak_memory(device)
-    found = {"speed": work.pair_steps / seconds, "seconds": seconds, "peak": peak, "norm": norm}
     on_gpu = device.startswith("cuda")
+    work.clear()
+    peak = peaks.peak_memory(device) if on_gpu else peaks.tensor_peak(lambda: step(work), work.generator.denoiser, work.copied)
+    found = {"speed": work.pair_steps / seconds, "seconds": seconds, "peak": peak, "norm": norm}
     loaded = [part for part in ("denoiser", "vae", "text") if part in work.generator.__dict__]
     if job["way"] == "ours" and (on_gpu or job["count"]):
         found |= {"flops": peaks.flops(lambda: step(work)), "matrix_peak": peaks.matrix_peak(device)}
@@ -266,8 +268,7 @@ def check(targets: peaks.Targets, way: str, base: dict, ran: list[tuple[dict, di
     if "failed" in base or not ran:
         targets.check(f"{way}: runs", "it does not", "it does", False)
         return
-    room = 1.0 if on_gpu else 1.03  # a CPU process's peak moves by itself
-    fits = [result for _, result in ran if result["peak"] <= room * base["peak"]]
+    fits = [result for _, result in ran if result["peak"] <= base["peak"]]
     speed = max((result["speed"] for result in fits), default=0.0) / base["speed"]
     targets.check(f"{way}: pair-steps/s, at no more memory", f"{speed:.1f}x" if fits else "none fits", "6x", speed >= 6)
     apart = max(abs(result["norm"] / base["norm"] - 1) for _, result in ran)

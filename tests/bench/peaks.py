@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fashiondpo_pipeline import terminal, testing
@@ -164,21 +167,22 @@ def settled(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
+def timed(call: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call."""
     settled(device)
-    started = time.perf_counter()
+    started = clock()
     call()
     settled(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def seconds(call: Callable[[], Any], device: str, at_least: float = 2.0, most: int = 20) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Median seconds of a call, after one that warms up; with one CPU thread the process's own, which neighbours do not stretch."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()
     found: list[float] = []
-    while len(found) < most and (sum(found) < at_least or len(found) < 3):
-        found.append(timed(call, device))
+    while not found or (sum(found) < at_least and len(found) < most):
+        found.append(timed(call, device, clock))
     return median(found)
 
 
@@ -190,10 +194,50 @@ def forget_peak(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of tensors on a GPU (with the allocator's own waste), of the whole process on a CPU."""
+    """Bytes: what the allocator held on a GPU, its own waste included; of the whole process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors made under it and not yet freed, at most at one time: exact, where a CPU process's size is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self.known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._add, found)
+        return found
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self.known or not size:
+            return
+
+        def gone(_: Any) -> None:
+            self.known.pop(key, None)
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def tensor_peak(call: Callable[[], Any], *networks: torch.nn.Module | None) -> int:
+    """Bytes of these networks, and of the most tensors that lived at once during a call."""
+    kept = {}
+    for network in filter(None, networks):
+        for tensor in (*network.parameters(), *network.buffers()):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    with Live() as live:
+        live.known = {key: weakref.ref(storage) for key, storage in kept.items()}  # views of weights are not new
+        call()
+    return sum(storage.nbytes() for storage in kept.values()) + live.peak
 
 
 def flops(call: Callable[[], Any]) -> int:

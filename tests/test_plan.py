@@ -10,6 +10,7 @@ import pytest
 from families import QUIET
 from whole_runs import fdpo, session, works
 
+from fashiondpo_pipeline import adapters
 from fashiondpo_pipeline.config import load
 from fashiondpo_pipeline.terminal import size
 from stages import Session
@@ -160,3 +161,16 @@ def test_a_plan_of_a_run_in_use_does_not_probe(place):
 
 def test_durations_are_told_in_the_unit_that_fits():
     assert [duration(s) for s in (0.4, 119, 120, 7199, 7200)] == ["0 s", "119 s", "2 min", "120 min", "2.0 hours"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.filterwarnings(QUIET)
+def test_a_file_of_each_kind_is_as_large_as_planned(kind, family, place, request, tmp_path):
+    model = request.getfixturevalue(f"tiny_{family}")
+    made = session(f"generator.model={model}", "sample.height=16", "sample.width=16", f"finetune.adapter={kind}")
+    generator, knobs = made.generator(), made.config.finetune
+    adapters.attach(generator.denoiser, knobs.rank, float(knobs.rank), knobs.targets, 0, kind)
+    generator.save_adapter(tmp_path / "adapter")
+    written = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
+    assert Costs(made)._adapter == pytest.approx(written, rel=0.03)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -372,6 +373,29 @@ def _put(path: Path, write: Any) -> None:
         if isinstance(problem, OSError):
             problem.filename = problem.filename or str(path)  # a write names no file, and which disk is full matters
         raise
+
+
+class _NoPandas:
+    """An import finder that has no pandas."""
+
+    @staticmethod
+    def find_spec(name: str, *_: Any) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
+def without_pandas() -> None:
+    """Let pyarrow make its first array, at which it looks for pandas, without finding it: importing that takes as long as all else.
+
+    Nobody else is kept from importing pandas, and pyarrow looks again once a table is to become a data frame.
+    """
+    if "pandas" in sys.modules:
+        return
+    sys.meta_path.insert(0, _NoPandas)
+    try:
+        pa.array([])
+    finally:
+        sys.meta_path.remove(_NoPandas)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

@@ -34,7 +34,8 @@ class Shard:
 
 def run(session, step: Step, out: Output) -> None:
     candidates = out.input("sample")
-    tower = Tower(*step.args["tower"], session.device)
+    model, pretrained = step.args["tower"]
+    tower = Tower(model, pretrained, session.device)
     todo = [shard for shard in session.processes.mine(candidates.shards("candidates")) if not out.has(shard)]
     started = time.monotonic()
     for shard in session.track(embedded(tower, candidates, todo, lambda text: session.say(f"round {step.round}: {text}")),

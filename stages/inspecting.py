@@ -17,7 +17,7 @@ from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.terminal import show, size, width
 from fashiondpo_pipeline.views import Found
-from fashiondpo_pipeline.workspace import Output, Step, replace_text
+from fashiondpo_pipeline.workspace import Output, Step, replace_text, without_pandas
 from stages import Round, Session
 from stages.single import last, most_rounds, saved_pairs
 
@@ -66,6 +66,7 @@ class Question:
 
 def run(session: Session, asked: Question, number: int | None, pairs: str | None, files: dict[str, Path]) -> None:
     """Write the rows to `files` ({"csv": path, "json": ..., "parquet": ..., "html": ...}), and print the first of them."""
+    without_pandas()
     _check(asked, files)
     shelf = Shelf(session, asked, *_place(session, asked, number, pairs))
     tables = {"candidates": shelf.candidates, "scores": shelf.scores, "pairs": shelf.pairs, "steps": shelf.steps}

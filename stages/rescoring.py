@@ -7,6 +7,7 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.grid import Chooser, Grid
 from fashiondpo_pipeline.preferences import Rule, compare, rank_correlation
 from fashiondpo_pipeline.registry import did_you_mean
+from fashiondpo_pipeline.workspace import without_pandas
 from stages import Session, pair
 from stages.single import last, most_rounds
 
@@ -14,6 +15,7 @@ from stages.single import last, most_rounds
 def run(session: Session, section: Pair, weights: str | None, number: int | None) -> None:
     """`section` carries the `--set pair.…` overrides; `weights` replaces its weights."""
     started = time.monotonic()
+    without_pandas()
     if weights:
         section = Pair.model_validate(section.model_dump() | {"weights": parse_weights(weights, list(session.config.experts))})
     if number is None:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -328,3 +330,11 @@ def test_a_dropped_shard_takes_what_was_gathered_with_it(many):
     many.drop(3)
     assert not many.whole.exists()
     assert not many.has(3)
+
+
+def test_arrow_does_without_pandas_until_a_data_frame_is_wanted():
+    script = ("import sys; import pyarrow as pa; from fashiondpo_pipeline.workspace import without_pandas; without_pandas(); "
+              "t = pa.table({'a': [1, 2]}); assert 'pandas' not in sys.modules; assert t.to_pandas()['a'].tolist() == [1, 2]; "
+              "import pandas; assert pa.Table.from_pandas(pandas.DataFrame({'a': [3]})).to_pydict() == {'a': [3]}")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.returncode == 0, done.stderr

@@ -94,8 +94,8 @@ class Probe:
         while len(drawn) < TILES and seconds < LONG:
             number = len(drawn)
             seconds += self._timed(lambda number=number: drawn.append(walk(knobs["steps"], number, saved)))  # type: ignore[misc]
-        branches = sum(self.costs.branches(knobs, number) for number in range(knobs["steps"])) / knobs["steps"]
-        self.found["drawing"] = seconds / len(drawn) / tile / branches
+        forwards = sum(self.costs.branches(knobs, number) for number in range(knobs["steps"]))  # of one candidate
+        self.found["drawing"] = seconds / len(drawn) / tile / forwards
         pngs: list[bytes] = []
 
         def picture() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from whole_runs import fdpo, session, works
 
 from fashiondpo_pipeline import adapters
 from fashiondpo_pipeline.config import load
+from fashiondpo_pipeline.generators.stable_diffusion import StableDiffusion
 from fashiondpo_pipeline.terminal import size
 from stages import Session
 from stages.plan import Costs, Probed, duration, latents_kept
@@ -142,6 +144,20 @@ def test_a_probe_says_seconds_and_memory_and_the_round_compares_them(place):
     assert size(written) in rows["sample"]
     assert sum(plan["steps"][step.folder]["bytes"] for step in sample) == pytest.approx(written, rel=0.05)
     assert "planned, and what happened" not in works("round", "-n", "1", "--set", "finetune.beta=7").out.partition("seconds")[0]
+
+
+@pytest.mark.slow
+def test_seconds_are_those_of_the_calls_that_a_run_will_make(place, monkeypatch):
+    """Where each call of the denoiser takes 0.2 s and all else next to nothing, seconds can be counted by hand."""
+    call = StableDiffusion.call
+    monkeypatch.setattr(StableDiffusion, "call", lambda *args: time.sleep(0.2) or call(*args))
+    works("plan", "-n", "1", "--probe")
+    steps = json.loads(Path("runs/t/plan.json").read_text())["steps"]
+    planned = {step.name: steps[step.folder]["seconds"] for step in session().chain(1).of(1)}
+    assert 2.4 < planned["sample"] < 6, "3 shards of 8 candidates: a tile each, 4 steps: 12 calls"
+    assert 2.4 < planned["held-out-sample"] < 6, "3 shards of 4 candidates: a tile each, filled up"
+    assert 2.4 < planned["finetune"] < 6, "2 epochs of 6 groups, 8 rows a step: 12 calls"
+    assert planned["score-clip_t"] < 1
 
 
 @pytest.mark.slow

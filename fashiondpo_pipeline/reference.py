@@ -31,8 +31,9 @@ class Reference:
         self.compares = compares
         self.start = {name: weight.detach().clone() for name, weight in weights.items()} if self.live else None
         self.weights = weights
-        # mixed precision rounds otherwise than the sampler did: then even the sampling model is asked anew
-        if self.is_policy and not store.fresh and not knobs.condition_dropout and knobs.precision == "no":
+        # mixed precision and compiled code round otherwise: then even the model that drew the candidates is asked anew
+        alike = knobs.precision == "no" and getattr(generator, "rounds_alike", True)
+        if self.is_policy and not store.fresh and not knobs.condition_dropout and alike:
             self.numbers = {name: values.copy() for name, values in store.recorded().items()}
             if len(replayed):
                 asked = store.ask("replayed.npz", replayed, processes, holding(weights, None))

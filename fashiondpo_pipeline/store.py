@@ -270,7 +270,7 @@ class Store:
         found = {name: torch.zeros(len(self.names), self.columns, dtype=torch.float64) for name in names}
         places = [(row, column) for column in range(self.columns) for row in rows]
         batches = [places[start : start + self.knobs.micro_batch] for start in range(0, len(places), self.knobs.micro_batch)]
-        with torch.inference_mode(), model:
+        with torch.no_grad(), model:
             for some in processes.mine(batches):
                 at, columns = np.array(some).T
                 said = self.signals_of(at, columns, self.spot(at, columns), self.predict(at, columns))

@@ -102,6 +102,8 @@ class DiffusersModel:
         """Drop "text", "vae" or "denoiser" from memory; it is loaded again when used."""
         for part in parts:
             self.__dict__.pop(part, None)
+        if "denoiser" in parts:
+            self.__dict__.pop("_compiled", None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -214,11 +216,16 @@ class DiffusersModel:
         """One forward of the denoiser."""
         raise NotImplementedError
 
+    @property
+    def rounds_alike(self) -> bool:
+        """Whether sampling and training call the very same code, so that the sampler's record is the reference to the last bit."""
+        return not self.options.compile
+
     def denoise(self, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         """The prediction (b, c, h, w) at x_t; in the denoiser's own type."""
         dtype = self.dtype
         parts = {name: part.to(dtype) if part.is_floating_point() else part for name, part in parts.items()}
-        compiled = self.options.compile and not torch.is_grad_enabled()
+        compiled = self.options.compile and torch.is_inference_mode_enabled()  # while sampling only: training's forwards must round alike
         return self.call(self._compiled if compiled else self.denoiser, x_t.to(dtype), t, parts)
 
     @cached_property

@@ -276,7 +276,8 @@ def test_every_objective_trains_from_disk(shop, name):
         rows = steps_of(out)
         assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
         assert rows[0]["margin"] == pytest.approx(0, abs=1e-3)
-        assert (sum(row["grad_norm"] for row in rows) > 0) == (name not in ("winner_rise", "anchor"))
+        pushed = sum(row["grad_norm"] for row in rows)
+        assert pushed < 0.01 if name in ("winner_rise", "anchor") else pushed > 0  # predictions on disk are rounded to fp16
     if compares:
         live, kept = (numbers_of(out) for out in outs)
         assert live["reference_rows_in_training"] == live["policy_rows"] > 0

@@ -117,7 +117,7 @@ class Invented(Source):
         try:
             with torch.device(self.device):
                 torch.manual_seed(0)
-                return kind(**self.config(name)).to(self.device, dtype)
+                return torch.nn.Module.to(kind(**self.config(name)), self.device, dtype)  # buffers too
         finally:
             torch.set_default_dtype(before)
 

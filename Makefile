@@ -11,7 +11,7 @@ round: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 bench: $(VENV)/installed
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -100,8 +100,10 @@ def best_first(opinions: Opinions, numbers: np.ndarray) -> np.ndarray:
     rows, columns = (place[numbers] for place in opinions.at)
     first = np.empty(opinions.shape[0], np.int64)
     first[rows[::-1]] = np.arange(len(rows))[::-1]  # the earliest is written last, and stays
-    ranks = opinions.ranks[rows, columns]
-    return numbers[np.lexsort((columns, np.where(ranks == 0, np.iinfo(np.int16).max, ranks), first[rows]))]
+    ranks = opinions.ranks[rows, columns].astype(np.int64)
+    last = np.iinfo(np.int16).max
+    # one number to sort by, as sorting by three takes several times as long: at most 2^33 groups of 2^15 candidates
+    return numbers[np.argsort((first[rows] << 30) | (np.where(ranks == 0, last, ranks) << 15) | columns)]
 
 
 def table(drawn: pa.Table, more: dict[str, tuple[pa.Field, np.ndarray | pa.Array]], names: list[str]) -> pa.Table:

@@ -60,7 +60,7 @@ def _check_objective(session: Session) -> None:
 def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:
     root = session.run.root
     if not todo:
-        session.say(f"{root} has {n} round{"" if n == 1 else "s"} already: nothing to do")
+        session.say(f"{root} has {n} round{'' if n == 1 else 's'} already: nothing to do")
         return
     cost = estimate(session, chain)
     found = len(chain.steps) - len(todo)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: round test bench clean
+.PHONY: round test test-all bench clean
 
 round: $(VENV)/installed
 	$(BIN)/fdpo round --n 3
@@ -11,7 +11,11 @@ round: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not launch'
+
+# What needs several processes that are killed and restarted takes some minutes more.
+test-all: test
+	$(BIN)/pytest -m launch
 
 bench: $(VENV)/installed
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

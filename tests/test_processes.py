@@ -95,6 +95,7 @@ def test_two_processes_draw_the_same_pictures_and_train_the_same_adapter_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_a_killed_process_ends_all_within_seconds_and_the_run_goes_on(place, finished_place):
     launcher = launched(place, TORCHRUN, "round", "-n", "1")
     wait_for(lambda: list(place.glob("runs/t/round-01/finetune-*/work/checkpoint.pt")) or launcher.poll() is not None)
@@ -113,6 +114,7 @@ def test_a_killed_process_ends_all_within_seconds_and_the_run_goes_on(place, fin
 
 
 @pytest.mark.slow
+@pytest.mark.launch
 def test_what_is_wrong_in_one_process_is_said_once_and_ends_all(place):
     launcher = launched(place, TORCHRUN, "round", "-n", "1", "--set", "experts.bright.use=test_processes:Short")
     told = launcher.communicate()

@@ -29,7 +29,7 @@ from fashiondpo_pipeline.config import validate
 from fashiondpo_pipeline.experts.tower import TILE, Tower
 from stages import Session
 
-K, REPEATS = 8, 3
+K = 8
 PASSES = {"pictures": 0, "texts": 0}
 
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256, help="how many")
     parser.add_argument("--side", type=int, default=512, help="pixels a side")
     parser.add_argument("--model", default="ViT-B-32", help="open_clip's name of the tower's architecture")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="after one that is not counted")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, counted():
         folder = Path(name)
@@ -157,7 +158,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in calls}
         idle: dict[str, float | None] = {}
         passes: dict[str, str] = {}
-        for repeat in range(REPEATS + 1):  # in turn, so that a slow moment of the machine hits all; the first is warm-up
+        for repeat in range(asked.repeats + 1):  # in turn, so that a slow moment of the machine hits all; the first is warm-up
             for name, call in calls.items():
                 before = PASSES.copy()
                 started = time.monotonic()

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.remembered import remembered
 
 
 def canonical(value: Any) -> str:
@@ -29,9 +29,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@lru_cache
-def _hash_unchanged(path: Path, _size: int, _changed: int) -> str:
-    return hash_file(path)
+SMALL = 1 << 20  # bytes: such a file is hashed sooner than looked up
+
+
+def _hash_unchanged(path: Path, size: int) -> str:
+    return hash_file(path) if size <= SMALL else remembered(path, "sha256", lambda: hash_file(path))
 
 
 def hash_path(path: Path, what: str) -> str:
@@ -44,7 +46,6 @@ def hash_path(path: Path, what: str) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     parts = {}
     for file in files:
-        stat = file.stat()
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        parts[name] = _hash_unchanged(file, stat.st_size, stat.st_mtime_ns)
+        parts[name] = _hash_unchanged(file, file.stat().st_size)
     return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]

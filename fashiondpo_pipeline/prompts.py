@@ -6,35 +6,70 @@ import io
 import json
 import math
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.identity import fingerprint
+from fashiondpo_pipeline.identity import canonical, fingerprint
+from fashiondpo_pipeline.remembered import remembered
 from fashiondpo_pipeline.seeds import key
 from fashiondpo_pipeline.workspace import read_parquet
 
 TRAIN, HELD_OUT = "train", "held-out"
+MEANING = 1  # raised when `read` or an identity means something else: what was remembered is then forgotten
 KINDS = (".txt", ".csv", ".jsonl", ".parquet")
 
 
-@dataclass(frozen=True)
 class Prompts:
-    """Prompts of one split: one dict a prompt, with `group`, `prompt` and whatever else the file has."""
+    """Prompts of one split: one dict a prompt, with `group`, `prompt` and whatever else the file has; read when first looked at."""
 
-    rows: list[dict]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, rows: list[dict] | Callable[[], list[dict]], about: dict | None = None):
+        self._rows, self._about = rows, about
 
     @cached_property
+    def rows(self) -> list[dict]:
+        return self._rows() if callable(self._rows) else self._rows
+
+    @cached_property
+    def about(self) -> dict:
+        """Count, identity, which changes if and only if a row does, and the columns that every row has."""
+        if self._about is not None:
+            return self._about
+        columns = sorted(set.intersection(*map(set, self.rows))) if self.rows else []
+        plain = [{name: _plain(value) for name, value in row.items()} for row in self.rows]
+        return {"count": len(self.rows), "identity": fingerprint(plain), "columns": columns}
+
+    def __len__(self) -> int:
+        return self.about["count"]
+
+    @property
     def identity(self) -> str:
-        """Changes if and only if a row does."""
-        return fingerprint([{name: _plain(value) for name, value in row.items()} for row in self.rows])
+        return self.about["identity"]
+
+    @property
+    def columns(self) -> set[str]:
+        return set(self.about["columns"])
+
+
+def open_splits(path: Path, held_out: float, most: dict[str, int | None]) -> dict[str, Prompts]:
+    """`read`, at most so many of each split. A file that has not changed is not read before somebody wants its rows."""
+    @cache
+    def rows() -> dict[str, list[dict]]:
+        return {split: found.rows[: most[split]] for split, found in read(path, held_out).items()}
+
+    if not path.is_file():
+        rows()  # which says so
+    question = f"prompts {MEANING} {canonical([held_out, most])}"
+    about = remembered(path, question, lambda: {split: Prompts(found).about for split, found in rows().items()})
+    return {split: Prompts(partial(_one_split, rows, split), about[split]) for split in about}
+
+
+def _one_split(rows: Callable[[], dict[str, list[dict]]], split: str) -> list[dict]:
+    return rows()[split]
 
 
 def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:

@@ -24,7 +24,7 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.identity import hash_path
 from fashiondpo_pipeline.processes import Processes, alone, rank
-from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, read
+from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import GENERATORS, OBJECTIVES
 from fashiondpo_pipeline.workspace import Output, Run, Step
 
@@ -101,9 +101,7 @@ class Session:
     @cached_property
     def prompts(self) -> dict[str, Prompts]:
         section = self.config.prompts
-        splits = read(locate(section.file), section.held_out)
-        most = {TRAIN: section.most_train, HELD_OUT: section.most_held_out}
-        splits = {name: Prompts(found.rows[: most[name]]) for name, found in splits.items()}
+        splits = open_splits(locate(section.file), section.held_out, {TRAIN: section.most_train, HELD_OUT: section.most_held_out})
         for name, found in splits.items():
             if not len(found):
                 raise UserError(f"{section.file}: no {name} prompts; add some, or change prompts.held_out")
@@ -268,8 +266,7 @@ class _Builder:
 
     def check_needs(self) -> None:
         """Raises UserError if the prompts lack a column that an expert reads: now, not after hours of sampling."""
-        rows = [row for found in self.session.prompts.values() for row in found.rows]
-        have = set.intersection(*map(set, rows)) | {"candidate", "picture", "embedding"}
+        have = set.intersection(*(found.columns for found in self.session.prompts.values())) | {"candidate", "picture", "embedding"}
         lacking = [f"expert '{name}' needs the column '{need}', which the prompts do not have: add it, or drop the expert"
                    for name in self.config.experts for need in self.session.make(name).needs if need not in have]
         if lacking:

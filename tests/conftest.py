@@ -2,9 +2,11 @@
 
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads round sums differently
+os.environ.setdefault("FDPO_CACHE", tempfile.mkdtemp(prefix="fdpo"))  # what is remembered of files is not the user's
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id is refused at once instead of after five retries
 
 import pytest

@@ -24,7 +24,7 @@ K = 8
 GROUPS_A_SHARD = 12_500
 # The models are never loaded, so they need not be there.
 CONFIG = """
-generator: {{model: nobody/nothing}}
+generator: {{model: embedded:fashion_mini/generator}}
 prompts: {{file: {prompts}}}
 experts:
   first: {{use: "fashiondpo_pipeline.testing:Brightness"}}
@@ -53,7 +53,7 @@ def cached_run(folder: Path, groups: int) -> None:
             if step.stage == "sample":
                 rows = len(part) * K
                 fill = {"prompt": [""] * rows, "round": [1] * rows, "seed": [0] * rows, "guidance": [1.0] * rows,
-                        "picture": [None] * rows, "fault": [None] * rows}
+                        "guidance_interval": [[0.0, 1.0]] * rows, "guidance_rescale": [0.0] * rows, "picture": [None] * rows, "fault": [None] * rows}
                 out.write(shard, candidates=pa.table(keys | fill, schema=schemas.CANDIDATES))
             else:
                 scores = {"score": rng.normal(size=len(part) * K), "reason": [None] * (len(part) * K)}

@@ -105,6 +105,9 @@ class Invented(Source):
     def identity(self, *parts: str) -> str:
         return self.name
 
+    def text_identity(self) -> str:
+        return f"{self.name}, texts"
+
     def config(self, part: str) -> dict:
         return self.of["vae"] if part == "vae" else self.of["scheduler"][1] if part == "scheduler" else self.of["denoiser"][2]
 
@@ -259,10 +262,12 @@ def matrix_peak(device: str) -> float:
 
 def in_own_process(file: str, job: dict) -> dict:
     """What this benchmark measures of one job in a fresh process, so that peak memory and compiled code are its own."""
+    started = time.perf_counter()
     done = subprocess.run([sys.executable, file, "--job", json.dumps(job)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return {"failed": f"exit {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    found = {"failed": f"exit {done.returncode}"} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    what = {name: job[name] for name in ("way", "signal", "micro_batch", "checkpointing", "compile") if name in job}
+    print(f"{time.perf_counter() - started:.0f} s  {json.dumps(what)}  {json.dumps(found)}", file=sys.stderr, flush=True)
+    return found
 
 
 def job_of(arguments: list[str]) -> dict | None:

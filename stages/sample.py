@@ -1,5 +1,6 @@
 """prompts (+ last round's adapter) -> candidates, and the trajectories that finetuning needs."""
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -129,14 +130,16 @@ def _decode(generator, x_0: torch.Tensor, tile: int) -> tuple[np.ndarray, np.nda
 
 def _candidates(step: Step, batch: list, numbers: list[int], pixels: np.ndarray, sound: np.ndarray, path: Trajectory) -> list[dict]:
     finite = torch.isfinite(path.x_0.half()).flatten(1).all(1).tolist()
+    with ThreadPoolExecutor(os.cpu_count()) as pens:  # zlib lets go of the interpreter: a GPU outruns one core's PNGs
+        encoded = list(pens.map(codecs.encode_png, pixels))
     return [
         {
             "group": row["group"], "candidate": i, "prompt": row["prompt"], "round": step.round, "seed": number,
             **{name: step.config[name] for name in ("guidance", "guidance_interval", "guidance_rescale")},
-            "picture": {"bytes": codecs.encode_png(picture), "path": f"{row['group']}/{i}.png"},
+            "picture": {"bytes": png, "path": f"{row['group']}/{i}.png"},
             "fault": "the latent is not finite" if not latent else None if picture_ok else "the picture is not finite",
         }
-        for (row, i), number, picture, picture_ok, latent in zip(batch, numbers, pixels, sound.tolist(), finite, strict=True)
+        for (row, i), number, png, picture_ok, latent in zip(batch, numbers, encoded, sound.tolist(), finite, strict=True)
     ]
 
 

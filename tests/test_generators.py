@@ -175,6 +175,16 @@ def test_many_pictures_are_decoded_a_few_at_a_time(tiny_sd, monkeypatch):
     assert pictures.shape == (5, height, width, 3) and np.abs(pictures.astype(int) - alone).max() <= 1
 
 
+@pytest.mark.parametrize("dtype, exact", [("float32", True), ("bfloat16", False)])
+def test_a_gpu_computes_float32_in_float32_and_never_takes_cudnn_s_attention(tiny_sd, monkeypatch, dtype, exact):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    said = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+    text2img(str(tiny_sd), device="cuda", dtype=dtype)  # its parts are loaded when used, and none is here
+    assert torch.backends.cudnn.allow_tf32 is not exact
+    assert said == [False]
+
+
 def test_a_compiled_denoiser_draws_the_same_and_is_not_trained(tiny_sd):
     drawn = []
     for compiled in (False, True):

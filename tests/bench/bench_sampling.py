@@ -12,7 +12,7 @@
 
 The VAE is in fp32 in all of them; where the denoiser is not, plain diffusers is also shown with its VAE in that type. A flow model's
 candidates are drawn by the SDE, the plain pipeline's by the ODE. The idle share of a GPU is the time in which no kernel ran, by its
-own profiler; on a CPU it is the share of the stage's time spent outside denoiser and decoder. The lines for GPUs have run on none yet.
+own profiler; on a CPU it is the share of the stage's time spent outside denoiser and decoder. README.md beside this has a GPU's figures.
 """
 
 import argparse

@@ -15,7 +15,7 @@ All run with the same LoRA, precision and checkpointing, accumulate the gradient
 is shown with a whole group at once, and with as few rows at once as the baseline has, where most rows cost a second forward; with
 checkpointing where the baselines have none; and with four groups at once, which fills a large GPU. Peak memory is each one's own
 process's: on a GPU what its allocator held, on a CPU the most bytes of tensors that lived at once. The targets hold for the fastest
-of ours that takes no more memory than its baseline. The lines for GPUs have run on none yet.
+of ours that takes no more memory than its baseline. README.md beside this has a GPU's figures.
 """
 
 import argparse

@@ -157,8 +157,14 @@ def rescore(
     """
     from stages import rescoring
 
+    rules = [text for text in sets or [] if text.startswith("pair.")]
     session = _session(config, [text for text in sets or [] if not text.startswith("pair.")], name)
-    rescoring.run(session, _config(config, sets, name).pair, weights, round)
+    _config(config, sets, name)  # what is wrong with the rules, before anything is read
+
+    def section_of(number: int) -> Any:  # a rule that is given here comes before what the configuration says of the round
+        return _config(config, [*(sets or []), *(f"by_round.{number}.{text}" for text in rules)], name).of_round(number).pair
+
+    rescoring.run(session, section_of, weights, round)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """pipeline.yaml as frozen pydantic models: every knob with its default, unit and usual range; all mistakes at once."""
 
+import copy
 import re
 import typing
 from collections.abc import Sequence
@@ -320,7 +321,24 @@ class Machine(Section):
     compile: bool = Field(False, description="torch.compile the denoiser while sampling: a minute at the start, then faster on a GPU")
 
 
-def _experts() -> dict[str, Expert]:
+class OfRound(Section):
+    """What one round does otherwise: knobs of these sections, laid over the run's."""
+
+    sample: dict[str, Any] = Field(default_factory=dict)
+    pair: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[str, Any] = Field(default_factory=dict)
+
+
+# What a round cannot have for itself, and why.
+_OF_THE_RUN = {
+    "sample": dict.fromkeys(("negative", "height", "width", "tile"), "held-out pictures are compared over all rounds"),
+    "finetune": dict.fromkeys(("adapter", "rank", "alpha", "targets"), "one adapter goes through all rounds")
+    | {"checkpoint_every": "it changes no result"},
+}
+
+
+def shipped_experts() -> dict[str, "Expert"]:
+    """The experts of the embedded default, which read the columns of its prompts."""
     clip = {"model": "local-dir:embedded:fashion_mini/clip"}
     catalog = {"references": "embedded:fashion_mini/catalog.parquet", "match": ["colour", "category"]}
     judge = {"model": "embedded:fashion_mini/judge", "label": "{colour} {category}"}
@@ -340,17 +358,48 @@ class Config(Section):
     generator: Generator = Field(default_factory=Generator)
     prompts: Prompts = Field(default_factory=Prompts)
     sample: Sample = Field(default_factory=Sample)
-    experts: dict[Name, Expert] = Field(default_factory=_experts)
+    experts: dict[Name, Expert | None] = Field(default_factory=shipped_experts)
     score: Score = Field(default_factory=Score)
     pair: Pair = Field(default_factory=Pair)
     finetune: Finetune = Field(default_factory=Finetune)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     report: Report = Field(default_factory=Report)
     machine: Machine = Field(default_factory=Machine)
+    by_round: dict[Annotated[int, Field(ge=1)], OfRound] = Field(
+        default_factory=dict, description="what single rounds do otherwise, such as {3: {finetune: {epochs: 1}, pair: {margin: 0.3}}}: knobs of "
+        "sample, pair and finetune; other rounds stay what they are, those that follow go on from what comes out"
+    )
+
+    @property
+    def asked(self) -> dict[str, Expert]:
+        """The experts that are not dropped (null)."""
+        return {name: expert for name, expert in self.experts.items() if expert is not None}
+
+    def of_round(self, number: int) -> "Config":
+        """The configuration as one round has it."""
+        own = self.by_round.get(number)
+        if own is None:
+            return self
+        sections = {name: _overlaid(getattr(self, name), getattr(own, name)) for name in OfRound.model_fields}
+        return self.model_copy(update=sections)
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> "Config":
+        wrong = [line for number, own in self.by_round.items() for name in OfRound.model_fields
+                 for line in _unfit(f"by_round.{number}.{name}", getattr(self, name), getattr(own, name), _OF_THE_RUN.get(name, {}))]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        if any(own.sample for own in self.by_round.values()) and any(self.of_round(n).finetune.replay for n in (0, *self.by_round)):
+            raise ValueError("by_round: finetune.replay mixes the candidates of several rounds, which then have one `sample`: "
+                             "take by_round's out, or set replay to 0")
+        return self
 
     @model_validator(mode="after")
     def _experts_exist(self) -> "Config":
         asked = dict.fromkeys(self.pair.weights, "pair.weights")
+        for number, own in self.by_round.items():
+            weights = own.pair.get("weights")
+            asked |= dict.fromkeys(weights if isinstance(weights, dict) else (), f"by_round.{number}.pair.weights")
         if self.evaluate.judge is not None:
             asked.setdefault(self.evaluate.judge, "evaluate.judge")
         wrong = [f"{where}: no expert called '{name}'; {did_you_mean(name, list(self.experts))}"
@@ -358,6 +407,22 @@ class Config(Section):
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
+
+
+def _overlaid(section: Section, own: dict[str, Any]) -> Section:
+    """The section with some of its knobs changed. Raises pydantic's ValidationError if they do not fit."""
+    return type(section).model_validate(section.model_dump() | own) if own else section
+
+
+def _unfit(place: str, section: Section, own: dict[str, Any], refused: dict[str, str]) -> list[str]:
+    """What is wrong with a round's own knobs, in words."""
+    wrong = [f"{place}.{key}: {why}, so no round has its own; take it out" for key, why in refused.items() if key in own]
+    try:
+        _overlaid(section, {key: value for key, value in own.items() if key not in refused})
+    except ValidationError as problem:
+        for error in problem.errors():
+            wrong += _describe(error, place, [*type(section).model_fields])
+    return wrong
 
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -440,33 +505,42 @@ def validate(values: dict, where: str) -> Config:
 
 def _override(values: dict, text: str) -> None:
     path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
+    keys: list[Any] = path.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"--set {text}: write section.key=value, such as --set finetune.beta=500")
+    if keys[0] == "by_round" and len(keys) > 1 and keys[1].isdecimal():
+        keys[1] = int(keys[1])  # as YAML reads it
+    whole = values
     for depth, key in enumerate(keys[:-1]):
         if values.get(key) is None:
-            values[key] = _default_of(keys[: depth + 1])
+            values[key] = _default_of(keys[: depth + 1], whole)
         values = values[key]
         if not isinstance(values, dict):
-            raise UserError(f"--set {text}: {'.'.join(keys[:depth + 1])} is not a section")
+            raise UserError(f"--set {text}: {'.'.join(map(str, keys[:depth + 1]))} is not a section")
     values[keys[-1]] = parse_yaml(value, f"--set {text}")
 
 
-def _default_of(keys: list[str]) -> dict:
-    """What a section that the file leaves out holds, so that one override keeps its neighbours."""
-    value: Any = Config().model_dump(mode="json")
+def _default_of(keys: list[Any], values: dict) -> dict:
+    """What a section that the file leaves out holds, so that one override keeps its neighbours; of a round, what a knob is in the run."""
+    if keys[0] == "by_round":
+        return _found(values, keys[2:]) or _found(Config().model_dump(mode="json"), keys[2:]) if len(keys) > 3 else {}
+    return _found(Config().model_dump(mode="json"), keys)
+
+
+def _found(values: Any, keys: list[Any]) -> dict:
+    """What lies at a place, a copy; nothing where no section does."""
     for key in keys:
-        value = value.get(key, {}) if isinstance(value, dict) else {}
-    return value if isinstance(value, dict) else {}
+        values = values.get(key, {}) if isinstance(values, dict) else {}
+    return copy.deepcopy(values) if isinstance(values, dict) else {}
 
 
-def _describe(error: Any) -> list[str]:
-    """pydantic's error as our sentence(s): place, what is wrong, what would be right."""
-    keys = [str(part) for part in error["loc"] if part != "[key]"]
+def _describe(error: Any, below: str = "", known: list[str] | None = None) -> list[str]:
+    """pydantic's error as our sentence(s): place, what is wrong, what would be right. below: the place of what was checked, and its keys."""
+    keys = [*([below] if below else []), *(str(part) for part in error["loc"] if part != "[key]")]
     place = ".".join(keys)
     kind, value = error["type"], _shown(error["input"])
     if kind == "extra_forbidden":
-        return [f"{place}: unknown key; {did_you_mean(keys[-1], _known(keys[:-1]))}"]
+        return [f"{place}: unknown key; {did_you_mean(keys[-1], known or _known(keys[:-1]))}"]
     if kind == "invalid_key":
         return [f"{'.'.join([*keys[:-1], value])}: a key must be text; put it in quotes"]
     if kind == "value_error":
@@ -501,7 +575,7 @@ def _known(keys: list[str]) -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel):
             model = model.model_fields[key].annotation if key in model.model_fields else None
         elif typing.get_origin(model) is dict:
-            model = typing.get_args(model)[1]
+            model = next(kind for kind in (typing.get_args(model)[1], *typing.get_args(typing.get_args(model)[1])) if isinstance(kind, type))
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
@@ -516,11 +590,12 @@ def template(config: Config | None = None) -> str:
             lines += ["", f"{name}:  # {_first_line(type(value))}"]
             lines += _knobs(value, "  ")
         elif name == "experts":
-            lines += ["", "experts:  # name -> kind and options; `pair.weights` says which are rewarded, the rest is watched"]
+            lines += ["", "experts:  # name -> kind and options, or null for none; `pair.weights` says which are rewarded, the rest is watched"]
             for expert, section in value.items():
-                lines += [f"  {expert}:", *_plain(section.model_dump(mode="json"), "    ")]
+                lines += [f"  {expert}:", *_plain(section.model_dump(mode="json"), "    ")] if section else [f"  {expert}: null"]
         else:
-            lines += ["", *_comment(field.description, ""), f"{name}: {_scalar(value)}"]
+            plain = config.model_dump(exclude_defaults=True)["by_round"] if name == "by_round" and value else value
+            lines += ["", *_comment(field.description, ""), f"{name}: {_scalar(plain)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -16,11 +16,12 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fashiondpo_pipeline import diagnosis, experts, memory
+from fashiondpo_pipeline import diagnosis, experts, memory, panel
 from fashiondpo_pipeline.checkpoints import Source, open_source
 from fashiondpo_pipeline.config import Config, Pair
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.experts.meters import Meter
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.identity import hash_path
 from fashiondpo_pipeline.pairsets import PairSet
@@ -104,7 +105,8 @@ class Session:
         self.config, self.say = config, say if self.first else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
         self.track = track if track and self.first else lambda items, text, total, done=0: items
-        self._experts = experts.make_all(config.experts)
+        self._experts = experts.make_all(config.asked)
+        self.left_out: dict[str, str] | None = None  # expert -> why it is not asked; None until that has been looked at
         self._loaded: tuple[str, Any, Any] | None = None  # name, expert, what shares a tower with it
         self.peaks: dict[str, int] = {}  # folder of a step that was run -> the most memory meanwhile
         self._adapter: Path | None = None
@@ -137,7 +139,44 @@ class Session:
 
         What grows while a run lives (people's answers) counts as it was when a round was scored, in round `asked_again` as it is now.
         """
+        self.settle()
         return _Builder(self, pairs or {}, asked_again).chain(rounds)
+
+    def settle(self) -> None:
+        """Leave out the experts that are dropped, and of the embedded default those whose columns the prompts lack, and say so, once.
+
+        Raises UserError if an expert of the person's own lacks a column: now, not after hours of sampling; and if nobody rewarded is left.
+        """
+        if self.left_out is not None:
+            return
+        asked = self.config.asked
+        have = set.intersection(*(found.columns for found in self.prompts.values())) | {"candidate", "picture", "embedding"}
+        lacks = {name: lacking for name in asked if (lacking := [need for need in self.make(name).needs if need not in have])}
+        wrong = [f"expert '{name}' needs the column '{need}', which the prompts do not have: add it, or drop the expert "
+                 f"(--set experts.{name}=null)" for name, needs in lacks.items() if not panel.is_shipped(name, asked[name]) for need in needs]
+        if wrong:
+            raise UserError("\n".join(wrong))
+        left_out = {name: panel.DROPPED for name in self.config.experts if name not in asked}
+        left_out |= {name: f"the prompts have no column {' or '.join(needs)}" for name, needs in lacks.items()}
+        judges = [name for name in asked if name not in left_out and not self.config.pair.weights.get(name) and self._may_judge(name)]
+        self.config, said = panel.without(self.config, left_out, judges)
+        self.left_out = left_out
+        for sentence in said:
+            self.say(sentence)
+
+    @property
+    def about(self) -> dict:
+        """What a manifest says of the session beside the step's claim."""
+        return {"left_out": self.left_out} if self.left_out else {}
+
+    def _may_judge(self, name: str) -> bool:
+        """Whether an expert that nobody named may decide who wins: one that is asked about held-out draws, and looks at more than pixels."""
+        return getattr(self.make(name), "held_out", True) and not isinstance(self.make(name), Meter)
+
+    def rewarding(self, section: Pair) -> Pair:
+        """A pair section without the experts that are left out."""
+        self.settle()
+        return section.model_copy(update={"weights": panel.remaining(section.weights, self.left_out or {})})
 
     def kept(self, chain: Chain) -> int:
         """The round whose adapter is kept of those evaluated so far: the last, or under `evaluate.keep: best` the best; 0 is the base."""
@@ -201,7 +240,7 @@ class Session:
     def expert(self, name: str, prepared: Step | None) -> Any:
         """The expert, loaded; one expert in memory at a time, and the last one's tower if it is on the same."""
         if self._loaded is None or self._loaded[0] != name:
-            entry, before = self.config.experts[name], self._loaded and self._loaded[1]
+            entry, before = self.config.asked[name], self._loaded and self._loaded[1]
             expert = experts.make(name, entry.use, entry.options)  # another than `make` gives, which stays for the whole run
             if getattr(before, "tower", None) != getattr(expert, "tower", None):
                 before = self._loaded = None  # gone before the next one comes
@@ -279,24 +318,16 @@ class _Builder:
         self.session, self.config, self.pairs, self.asked_again = session, session.config, pairs, asked_again
         g = self.config.generator
         self.generator = {"use": g.use, "dtype": g.dtype, "variant": g.variant}
-        objective = self.config.finetune.objective
-        for name in [objective] if isinstance(objective, str) else objective:
-            OBJECTIVES.check(name)
-        if self.config.sample.candidates < 2:
-            raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
+        for number in (0, *self.config.by_round):
+            own = self.config.of_round(number)
+            for name in [own.finetune.objective] if isinstance(own.finetune.objective, str) else own.finetune.objective:
+                OBJECTIVES.check(name)
+            if own.sample.candidates < 2:
+                raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
         judges = [self.config.evaluate.judge] if self.config.evaluate.judge else [n for n, w in self.config.pair.weights.items() if w > 0]
         absent = [name for name in judges if name not in self.held_out_experts]
         if absent:
             raise UserError(f"evaluate.judge: '{absent[0]}' is not asked about held-out draws; name one of {', '.join(self.held_out_experts)}")
-        self.check_needs()
-
-    def check_needs(self) -> None:
-        """Raises UserError if the prompts lack a column that an expert reads: now, not after hours of sampling."""
-        have = set.intersection(*(found.columns for found in self.session.prompts.values())) | {"candidate", "picture", "embedding"}
-        lacking = [f"expert '{name}' needs the column '{need}', which the prompts do not have: add it, or drop the expert"
-                   for name in self.config.experts for need in self.session.make(name).needs if need not in have]
-        if lacking:
-            raise UserError("\n".join(lacking))
 
     def chain(self, rounds: int) -> Chain:
         prepared = {name: self.prepare(name) for name in self.config.experts if hasattr(self.session.make(name), "prepare")}
@@ -328,12 +359,13 @@ class _Builder:
         sample = self.draw(number, TRAIN, adapter)
         embeddings = self.embed(sample)
         scores = self.scores(sample, embeddings, prepared)
-        section = imported or self.config.pair
+        own = self.config.of_round(number)
+        section = imported or own.pair
         rewarded = {f"score-{name}": scores[name] for name, weight in section.weights.items() if weight > 0}
         labels = {"seed": self.config.seed} if section.labels == "random" else {}
         pair = Step("pair", "pair", number, VERSIONS["pair"], section.model_dump() | labels, {"sample": sample, **rewarded})
         finetune = self.finetune(number, sample, pair, adapter)
-        negative = self.finetune(number, sample, pair, adapter, negative=True) if self.config.finetune.negative else None
+        negative = self.finetune(number, sample, pair, adapter, negative=True) if own.finetune.negative else None
         after = self.watched(number, finetune, prepared)
         evaluate = self.evaluate(base, before, after, section, {"pair": pair, "finetune": finetune})
         return Round(**vars(after), sample=sample, embeddings=embeddings, scores=scores, pair=pair, finetune=finetune,
@@ -343,7 +375,8 @@ class _Builder:
         """A round without a sampler: the pictures and pairs of an imported set, fresh noise on them."""
         from fashiondpo_pipeline.terms import check_fits_pictures  # here, as torch takes longer to import than `fdpo status` runs
 
-        s, knobs = self.config.sample, self.config.finetune.model_copy(update={"noise": "fresh"})
+        mine = self.config.of_round(number)
+        s, knobs = mine.sample, mine.finetune.model_copy(update={"noise": "fresh"})
         check_fits_pictures(knobs)
         files, args = {"pairs": pairs.identity}, {"pairs": pairs.folder}
         encode = Step("encode", "encode-pairs", number, VERSIONS["encode"], {"negative": "", **self.generator}, {},
@@ -363,7 +396,7 @@ class _Builder:
 
         finetune = trained(False)
         after = self.watched(number, finetune, prepared)
-        evaluate = self.evaluate(base, before, after, self.config.pair, {"pair": pair, "finetune": finetune})
+        evaluate = self.evaluate(base, before, after, mine.pair, {"pair": pair, "finetune": finetune})
         return Round(**vars(after), sample=latents, embeddings={}, scores={}, pair=pair, finetune=finetune, evaluate=evaluate,
                      negative=trained(True) if knobs.negative else None)
 
@@ -374,7 +407,8 @@ class _Builder:
         return Watched(number, held_out, embeddings, self.scores(held_out, embeddings, prepared))
 
     def draw(self, number: int, split: str, adapter: Step | None) -> Step:
-        s, e, held_out = self.config.sample, self.config.evaluate, split == HELD_OUT
+        held_out = split == HELD_OUT
+        s, e = (self.config if held_out else self.config.of_round(number)).sample, self.config.evaluate
         config = {
             "seed": self.config.seed,
             # held-out pictures have the same seeds in every round, so that rounds differ by the adapter alone
@@ -399,7 +433,7 @@ class _Builder:
 
     def _expert(self, name: str) -> tuple[dict, dict, dict]:
         """(config, inputs, files) of an expert's claim."""
-        expert, entry = self.session.make(name), self.config.experts[name]
+        expert, entry = self.session.make(name), self.config.asked[name]
         files = {key: hash_path(path, f"experts.{name}") for key, path in getattr(expert, "files", dict)().items()}
         if getattr(expert, "tower", None):
             files["tower"] = Tower(*expert.tower).identity()
@@ -456,10 +490,10 @@ class _Builder:
         return step
 
     def finetune(self, number: int, sample: Step, pair: Step, adapter: Step | None, negative: bool = False) -> Step:
-        own = self.config.finetune.model_dump(exclude={"checkpoint_every", "negative"})
-        config = own | {"seed": self.config.seed, "round": number, "swapped": negative}
+        knobs = self.config.of_round(number).finetune
+        config = knobs.model_dump(exclude={"checkpoint_every", "negative"}) | {"seed": self.config.seed, "round": number, "swapped": negative}
         inputs = {"encode": self.encode, "sample": sample, "pair": pair, **({"adapter": adapter} if adapter else {})}
-        if self.config.finetune.replay:
+        if knobs.replay:
             for r in self.earlier:
                 inputs |= {f"sample-{r.number}": r.sample, f"pair-{r.number}": r.pair}
         files = {"generator": self.session.generator_identity}

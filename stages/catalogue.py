@@ -12,8 +12,8 @@ from fashiondpo_pipeline.terminal import show
 
 
 def run(config: Config, as_json: bool) -> None:
-    known = kinds(config.experts)
-    used = [_used(config, name) for name in config.experts]
+    known = kinds(config.asked)
+    used = [_used(config, name) for name in config.asked]
     if as_json:
         print(json.dumps({"kinds": [_plain(kind) for kind in known], "experts": used}, indent=1, ensure_ascii=False))
         return
@@ -27,7 +27,7 @@ def run(config: Config, as_json: bool) -> None:
 
 def _used(config: Config, name: str) -> dict[str, Any]:
     """One expert of the configuration, and why it cannot be used, where it cannot."""
-    entry, weight = config.experts[name], config.pair.weights.get(name, 0.0)
+    entry, weight = config.asked[name], config.pair.weights.get(name, 0.0)
     told: dict[str, Any] = {"name": name, "use": entry.use, "weight": weight, "options": entry.options}
     try:
         expert = experts.make(name, entry.use, entry.options)

@@ -51,7 +51,7 @@ def run(session, step: Step, out: Output) -> None:
                    | {"spread": _spread(meters["base"][name].to_numpy())}
                    for name in ("brightness", "contrast", "saturation", "sharpness")},
         "pairs": out.input("pair").manifest["numbers"]["pairs"],
-    })
+    }, session.about)
 
 
 def grid_of(out: Output, role: str, experts: list[str]) -> Grid:

@@ -95,13 +95,15 @@ def _check(asked: Question, files: dict[str, Path]) -> None:
 def place(session: Session, asked: Question, number: int | None, pairs: str | None) -> tuple[Round, Rule]:
     """The round meant (the one named, else the one with that pair set, else the last that has the table), and its rule."""
     if pairs and is_path(pairs):
-        return _imported(session, asked, number or 1, pairs), Rule(**session.config.pair.model_dump())
+        r = _imported(session, asked, number or 1, pairs)
+        return r, Rule(**session.config.of_round(r.number).pair.model_dump())
     if number is None and pairs:
         there = sorted(session.run.root.glob(f"round-*/pair-{pairs}/manifest.json"))
         number = int(there[-1].parts[-3].removeprefix("round-")) if there else most_rounds(session)
-    section = saved_pairs(session, number, pairs) if pairs and number is not None else session.config.pair
+    session.settle()
     if number is None:
-        number = _last(session, asked, section)
+        number = _last(session, asked)
+    section = saved_pairs(session, number, pairs) if pairs else session.config.of_round(number).pair
     if number == 0 and not asked.held_out:
         raise UserError("round 0 is the base, which has held-out draws only: add --held-out, or name another round")
     r = session.chain(number, {number: section}).rounds[number]
@@ -127,9 +129,9 @@ def _imported(session: Session, asked: Question, number: int, pairs: str) -> Rou
     return r
 
 
-def _last(session: Session, asked: Question, section: Pair) -> int:
+def _last(session: Session, asked: Question) -> int:
     def lacking(r: Round) -> Step:
-        needs = _needs(r, asked, section)
+        needs = _needs(r, asked, session.config.of_round(r.number).pair)
         return next((step for step in needs if not session.run.done(step)), needs[0])
 
     return last(session, session.chain(max(most_rounds(session), session.config.rounds)), lacking)

@@ -35,7 +35,8 @@ def run(session, step: Step, out: Output, parts: Iterable[tuple[slice, Chooser]]
         example = out.table("rejects")["reason"][0].as_py()
         raise UserError(f"round {step.round}: no group gave a pair ({example}, and so on): "
                         "lower pair.margin or pair.agree, or look at the scores")
-    out.finish({"pairs": total, "groups": count, "rejected": rejected, "mean_margin": margin / total, **retested(looks, first)})
+    out.finish({"pairs": total, "groups": count, "rejected": rejected, "mean_margin": margin / total, **retested(looks, first)},
+               session.about)
 
 
 def second_looks(out: Output, step: Step) -> dict[str, pa.Table]:

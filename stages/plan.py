@@ -129,7 +129,7 @@ class Costs:
 
     def _pairs_a_group(self, step: Step) -> int:
         """At most: what the rule chooses of k candidates that all differ."""
-        k, rule = self.config.sample.candidates, step.config
+        k, rule = step.inputs["sample"].config["candidates"], step.config
         most = {"best_worst": 1, "mirror": k // 2, "median_split": k * k // 4}.get(rule["select"], k * (k - 1) // 2)
         limit = rule["per_group"] or (10 if rule["select"] == "mirror" else None)
         return min(most, limit or most, k * rule["per_candidate"] // 2 if rule["per_candidate"] else most)
@@ -278,11 +278,11 @@ class Costs:
         def pack(some: list[dict]) -> int:
             groups = [row["group"] for row in some for _ in range(many)]
             numbers = _numbers(len(groups), 3 + len(experts)).astype(np.float32)
-            places = (np.arange(len(groups)) % self.config.sample.candidates).astype(np.int16)
+            places = (np.arange(len(groups)) % step.inputs["sample"].config["candidates"]).astype(np.int16)
             columns = [pa.array(groups), places, places[::-1], *numbers.T]
             return packed_size(pa.table(columns, schema=schemas.pairs(experts))) + packed_size(schemas.REJECTS.empty_table())
 
-        return self._shards(self.session.prompts["train"].rows, GROUPS_A_PART, pack, "pair", many, len(experts))
+        return self._shards(self.session.prompts["train"].rows, GROUPS_A_PART, pack, "pair", many, len(experts), step.inputs["sample"].config["candidates"])
 
     def _bytes_of_finetune(self, step: Step) -> int:
         rows = [dict.fromkeys(schemas.STEPS.names, value) for value in _numbers(self.rows(step)).tolist()]

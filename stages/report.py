@@ -126,6 +126,7 @@ def _made(session: Session, chain: Chain) -> dict:
         "versions": last["versions"], "git": last["git"], "mixed": any(m["versions"] != last["versions"] for _, m in done),
         "seconds": seconds, "stages": [name for name in STAGES if any(name in row for row in seconds)],
         "finetune": session.output(chain.rounds[-1].finetune).manifest["numbers"], "sources": chain.rounds[0].held_out.files,
+        "left_out": session.left_out,
     }
 
 

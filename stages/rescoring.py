@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -16,15 +16,17 @@ from stages import Session, pair
 from stages.single import last, most_rounds
 
 
-def run(session: Session, section: Pair, weights: str | None, number: int | None) -> None:
-    """`section` carries the `--set pair.…` overrides; `weights` replaces its weights."""
+def run(session: Session, section_of: Callable[[int], Pair], weights: str | None, number: int | None) -> None:
+    """`section_of` a round carries the `--set pair.…` overrides; `weights` replaces its weights."""
     started = time.monotonic()
     without_pandas()
-    if weights:
-        section = Pair.model_validate(section.model_dump() | {"weights": parse_weights(weights, list(session.config.experts))})
+    session.settle()
+    instead = {"weights": parse_weights(weights, list(session.config.experts))} if weights else {}
     if number is None:
         chain = session.chain(max(most_rounds(session), session.config.rounds))
         number = last(session, chain, lambda r: r.sample)
+    section = section_of(number)
+    section = Pair.model_validate(section.model_dump() | instead) if instead else session.rewarding(section)
     before = session.chain(number).rounds[number].pair
     step = session.chain(number, {number: section}).rounds[number].pair
     for scored in {s.folder: s for s in (*before.inputs.values(), *step.inputs.values())}.values():

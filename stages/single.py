@@ -137,6 +137,7 @@ def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
     if not (folder / "manifest.json").is_file():
         there = ", ".join(sorted(p.name.removeprefix("pair-") for p in folder.parent.glob("pair-*"))) or "none"
         raise UserError(f"round {number} has no pairs {fingerprint}; there are: {there}")
+    session.settle()
     config = read_json(folder / "manifest.json")["claim"]["config"]
     section = Pair.model_validate({key: value for key, value in config.items() if key in Pair.model_fields})
     for name in section.weights:

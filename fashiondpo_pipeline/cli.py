@@ -71,7 +71,13 @@ def _session(config: Path | None, sets: list[str] | None, name: str | None) -> A
     from fashiondpo_pipeline.terminal import say, track
     from stages import Session
 
-    return Session(_config(config, sets, name), say=say, track=track)
+    return Session(_config(config, sets, name), say=say, track=track, options=_options(config, sets, name))
+
+
+def _options(config: Path | None, sets: list[str] | None, name: str | None) -> list[str]:
+    """What says which run is meant, as it was given."""
+    given = [("--config", str(config) if config else None), *(("--set", text) for text in sets or []), ("--name", name)]
+    return [word for option, value in given if value is not None for word in (option, value)]
 
 
 @app.callback(invoke_without_command=True)

@@ -5,7 +5,8 @@ done, stale or missing is then a matter of looking whether its folder has a mani
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_json
+from stages.naming import written
 
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
@@ -101,7 +103,10 @@ class Chain:
 class Session:
     """A run being worked on: its configuration, its folder, and the models that are loaded, each once."""
 
-    def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None):
+    def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None,
+                 options: Sequence[str] = ()):
+        """options: --config, --set and --name as they were given, for the commands that are advised."""
+        self.options = list(options)
         self.config, self.say = config, say if self.first else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
         self.track = track if track and self.first else lambda items, text, total, done=0: items
@@ -252,6 +257,25 @@ class Session:
         """The expert, not loaded."""
         return self._experts[name]
 
+    # -- what is advised
+
+    def command(self, *words: object, without: Collection[str] = ()) -> str:
+        """`fdpo WORDS` for the same run with the same settings, to be copied into a shell; without --set of some sections."""
+        given = zip(self.options[::2], self.options[1::2], strict=True)
+        kept = [word for option, value in given if option != "--set" or _section(value) not in without for word in (option, value)]
+        return written([*words, *kept])
+
+    def overridden(self, *sections: str) -> list[str]:
+        """The --set of this command in these sections."""
+        return [value for option, value in zip(self.options[::2], self.options[1::2], strict=True)
+                if option == "--set" and _section(value) in sections]
+
+    def adopt(self, config: Config) -> None:
+        """Go on under other settings of the same run; nothing must have been loaded yet."""
+        self.config = config
+        for known in ("source", "generator_identity", "_generator"):
+            vars(self).pop(known, None)
+
     # -- running
 
     def execute(self, steps: Iterable[Step]) -> list[Step]:
@@ -306,9 +330,14 @@ class Session:
     def output(self, step: Step) -> Output:
         """A done step's folder. Raises UserError if it has not been run."""
         if not self.run.done(step):
-            makes = "`fdpo finetune --pairs` with the same --set" if "pairs" in step.args else "`fdpo round`"
-            raise UserError(f"round {step.round}: {step.name} has not been run with these settings; {makes} makes it")
+            makes = self.command("finetune", "--pairs", step.args["pairs"]) if "pairs" in step.args else self.command("round")
+            raise UserError(f"round {step.round}: {step.name} has not been run with these settings; `{makes}` makes it")
         return self.run.output(step)
+
+
+def _section(override: str) -> str:
+    """The section that a --set is in."""
+    return re.split("[.=]", override.strip())[0]
 
 
 class _Builder:

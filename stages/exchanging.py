@@ -11,6 +11,7 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import TRAIN, Prompts, read
 from fashiondpo_pipeline.workspace import Output, Step, write_json
 from stages import VERSIONS, Session
+from stages.naming import written
 from stages.single import last, most_rounds, saved_pairs
 
 
@@ -57,7 +58,8 @@ def bring_in(name: str, path: Path, folder: Path | None, say: Callable[[str], No
         say(line)
     print(folder)
     labelled = pairs.counts["labelled"] > 0
-    say(f"next: fdpo finetune --pairs {folder} --set finetune.objective=diffusion_dpo" if labelled else f"next: fdpo studio {folder}, to label them")
+    finetune = written(["finetune", "--pairs", folder, "--set", "finetune.objective=diffusion_dpo"])
+    say(f"next: {finetune}" if labelled else f"next: {written(['studio', folder])}, to label them")
     return pairs
 
 
@@ -110,7 +112,7 @@ def generate_sets(session: Session, prompts: Path, size: int, folder: Path) -> P
     made = pairsets.write(folder, _pictures(drawn), _unlabelled(drawn), {"source": f"drawn for {prompts}", "lineage": lineage, "dropped": {}})
     session.say(pairsets.in_words(made))
     print(folder)
-    session.say(f"next: fdpo studio {folder}, or fdpo export-pairs csv DIR --from {folder}, to label them")
+    session.say(f"next: {written(['studio', folder])}, or {written(['export-pairs', 'csv', 'DIR', '--from', folder])}, to label them")
     return made
 
 

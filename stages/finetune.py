@@ -23,6 +23,7 @@ from fashiondpo_pipeline.training import (
 )
 from fashiondpo_pipeline.workspace import Output, Step
 from stages.encode import sampled_of
+from stages.trained import note
 from stages.trained_on import Candidates
 
 # How far the first margins may be from 0 where the policy starts as its own reference: rounding, times beta.
@@ -120,7 +121,7 @@ def run(session, step: Step, out: Output) -> None:
         "trainable": sum(w.numel() for w in weights.values()), "first_loss": progress.rows[0]["loss"], "last_loss": progress.rows[-1]["loss"],
         "last_accuracy": progress.rows[-1]["accuracy"], "last_beta": progress.beta,
         **({"label_smoothing": knobs.options["label_smoothing"]} if step.config["options"].get("label_smoothing") == AUTO else {}),
-    })
+    }, note(session, step))
 
 
 def measured_flips(out: Output, step: Step) -> float:

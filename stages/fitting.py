@@ -19,7 +19,8 @@ def run(session: Session, experts: str | None, annotators: str | None, number: i
     folder = session.run.root / "annotations"
     answers = annotations.read_all(folder, r.sample.folder)
     if not answers:
-        raise UserError(f"round {r.number}: nobody has judged these candidates yet; `fdpo studio --round {r.number}` asks")
+        raise UserError(f"round {r.number}: nobody has judged these candidates yet; "
+                        f"`{session.command('studio', '--round', r.number)}` asks")
     if annotators:
         answers = _by(answers, annotators.split(","))
     people = {name for name in session.config.experts if not getattr(session.make(name), "held_out", True)}

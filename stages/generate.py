@@ -95,7 +95,7 @@ def negative_of(session: Session, number: int, pairs: str | None) -> Step:
     step = session.chain(number, section).rounds[number].negative
     if step is None:
         raise UserError(f"--negative: round {number} has no negative LoRA: set finetune.negative to true and run "
-                        f"`fdpo finetune --round {number}`, which trains it beside")
+                        f"`{session.command('finetune', '--round', number)}`, which trains it beside")
     session.output(step)
     return step
 

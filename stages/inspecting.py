@@ -20,7 +20,7 @@ from fashiondpo_pipeline.views import Found
 from fashiondpo_pipeline.workspace import Output, Step, replace_text, without_pandas
 from stages import Round, Session
 from stages.naming import command_for
-from stages.single import is_path, last, most_rounds, saved_pairs, section_of
+from stages.single import imported, last, most_rounds, number_of, saved_pairs, section_of
 
 SHOWN = 20  # rows in the terminal, groups or pairs on a sheet, unless --limit says otherwise
 MOST_PICTURES = 5_000  # on one sheet: a browser must still open it
@@ -94,8 +94,8 @@ def _check(asked: Question, files: dict[str, Path]) -> None:
 
 def place(session: Session, asked: Question, number: int | None, pairs: str | None) -> tuple[Round, Rule]:
     """The round meant (the one named, else the one with that pair set, else the last that has the table), and its rule."""
-    if pairs and is_path(pairs):
-        r = _imported(session, asked, number or 1, pairs)
+    if pairs and imported(session, pairs):
+        r = _imported(session, asked, number_of(session, number, pairs) or 1, pairs)
         return r, Rule(**session.config.of_round(r.number).pair.model_dump())
     if number is None and pairs:
         there = sorted(session.run.root.glob(f"round-*/pair-{pairs}/manifest.json"))
@@ -125,7 +125,8 @@ def _imported(session: Session, asked: Question, number: int, pairs: str) -> Rou
     for step in _needs(r, asked, session.config.pair):
         if not session.run.done(step):
             raise UserError(f"round {number}: {step.name} has not been run on these pairs with these settings: "
-                            f"`fdpo {command_for(step)} --round {number} --pairs {pairs}` does it, `fdpo status` shows what there is")
+                            f"`{session.command(command_for(step), '--round', number, '--pairs', pairs)}` does it, "
+                            f"`{session.command('status')}` shows what there is")
     return r
 
 
@@ -167,7 +168,7 @@ class Shelf:
 
     @property
     def ask(self) -> str:
-        return f"`fdpo {'evaluate' if self.asked.held_out else 'score'} --round {max(self.round.number, 1)}`"
+        return f"`{self.session.command('evaluate' if self.asked.held_out else 'score', '--round', max(self.round.number, 1))}`"
 
     @property
     def title(self) -> str:

@@ -1,4 +1,8 @@
-"""Which command makes a step: the stage as the person knows it."""
+"""Which command makes a step, and how a command is written: as the person knows it, and as a shell would run it."""
+
+import re
+import shlex
+from collections.abc import Iterable
 
 from fashiondpo_pipeline.workspace import Step
 
@@ -8,3 +12,20 @@ def command_for(step: Step) -> str:
     if step.name.startswith("held-out"):
         return "evaluate"
     return {"embed": "score", "prepare": "score", "encode": "sample", "latents": "finetune", "adopt": "finetune"}.get(step.stage, step.stage)
+
+
+def written(words: Iterable[object]) -> str:
+    """`fdpo WORDS` as a shell takes it: to be copied, whatever a prompt or a path holds.
+
+    >>> print(written(["generate", "a red dress", "--round", 3]))
+    fdpo generate "a red dress" --round 3
+    >>> print(written(["generate", "a $(date) dress"]))
+    fdpo generate 'a $(date) dress'
+    """
+    return " ".join(_quoted(str(word)) for word in ["fdpo", *words])
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; in double quotes where nothing in it means anything there."""
+    plain = re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII)
+    return word if plain else shlex.quote(word) if re.search(r'["$`\\!]', word) or not word.isprintable() or not word else f'"{word}"'

@@ -282,7 +282,8 @@ class Costs:
             columns = [pa.array(groups), places, places[::-1], *numbers.T]
             return packed_size(pa.table(columns, schema=schemas.pairs(experts))) + packed_size(schemas.REJECTS.empty_table())
 
-        return self._shards(self.session.prompts["train"].rows, GROUPS_A_PART, pack, "pair", many, len(experts), step.inputs["sample"].config["candidates"])
+        rows = self.session.prompts["train"].rows
+        return self._shards(rows, GROUPS_A_PART, pack, "pair", many, len(experts), step.inputs["sample"].config["candidates"])
 
     def _bytes_of_finetune(self, step: Step) -> int:
         rows = [dict.fromkeys(schemas.STEPS.names, value) for value in _numbers(self.rows(step)).tolist()]

@@ -47,7 +47,8 @@ def run(session: Session, section_of: Callable[[int], Pair], weights: str | None
     if step.folder == before.folder:
         session.say("these are the settings in force: nothing new was saved")
     else:
-        session.say(f"saved as pairs {step.fingerprint} · to train on it: fdpo finetune --round {number} --pairs {step.fingerprint}")
+        session.say(f"saved as pairs {step.fingerprint} · to train on it: "
+                    f"{session.command('finetune', '--round', number, '--pairs', step.fingerprint)}")
 
 
 def _chooser(session: Session, grid: Grid, step) -> Chooser:

@@ -39,7 +39,7 @@ def run(session: Session, n: int | None) -> None:
     kept = session.kept(chain)
     session.say(f"report   {path}")
     session.say(f"adapter  {session.run.root / chain.rounds[kept].finetune.folder / 'adapter'}" if kept else "adapter  none, as the base is kept")
-    session.say(f'next: fdpo generate "{session.prompts["held-out"].rows[0]["prompt"]}" --round {kept}')
+    session.say(f"next: {session.command('generate', session.prompts['held-out'].rows[0]['prompt'], '--round', kept)}")
 
 
 def _check_objective(session: Session) -> None:

@@ -9,9 +9,10 @@ from fashiondpo_pipeline.config import Pair
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import fingerprint
 from fashiondpo_pipeline.pairsets import PairSet
+from fashiondpo_pipeline.prompts import HELD_OUT
 from fashiondpo_pipeline.terminal import size
 from fashiondpo_pipeline.workspace import Step, read_json
-from stages import Chain, Round, Session
+from stages import STAGES, Chain, Round, Session, trained
 from stages.naming import command_for
 from stages.plan import line_of
 from stages.rounds import in_words
@@ -33,25 +34,46 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
             for role, wanted in step.inputs.items():
                 if wanted.folder not in own and not session.run.done(wanted):
                     raise UserError(f"round {number} {stage} reads {role} of round {wanted.round} ({wanted.name}), which is not there "
-                                    f"with these settings: run `fdpo {command_for(wanted)} --round {wanted.round}` first, or `fdpo round`")
+                                    f"with these settings: {_way_to(session, number, wanted)}")
         if stage == "sample" and not session.run.done(steps[-1]):
             cost = line_of(session, steps[-1])
             session.say(f"round {number} sample: {cost.rows:,} candidates, about {size(cost.bytes)} to write, {cost.forwards:,} denoiser rows")
         ran = session.execute(steps)
     if not session.first:
         return
-    if chain.rounds[number].imported:
+    r = chain.rounds[number]
+    if r.imported:
         from stages import imported_report  # here, for the same reason as above
 
-        session.say(f"report   {imported_report.write(session, chain.rounds[number])}")
+        session.say(f"report   {imported_report.write(session, r)}")
     if not ran:
         session.say(f"round {number} {stage}: done already, nothing to do")
     elif stage == "evaluate":
-        session.say(f"round {number}: {in_words(session.output(steps[-1]).manifest['numbers'], chain.rounds[number].before)}")
+        session.say(f"round {number}: {in_words(session.output(steps[-1]).manifest['numbers'], r.before)}")
     else:
         numbers = session.output(steps[-1]).manifest["numbers"] if stage == "pair" else {}
         made = f"{numbers['pairs']:,} pairs, {numbers['rejected']} groups without · " if numbers else ""
         session.say(f"round {number} {stage}: {made}{sum(session.output(step).manifest['seconds'] for step in ran):.1f} s")
+    session.say(f"next: {_next(session, r, stage, pairs)}")
+
+
+def _next(session: Session, r: Round, stage: str, pairs: str | None) -> str:
+    """The command that goes on from a stage of a round that is done."""
+    following = ["generate", session.prompts[HELD_OUT].rows[0]["prompt"]] if stage == "evaluate" else [STAGES[STAGES.index(stage) + 1]]
+    of_round = [] if r.imported and r.number == 1 else ["--round", r.number]
+    of_pairs = ["--pairs", pairs] if pairs else []
+    # what was trained on imported pairs is found again with its settings
+    return session.command(*following, *of_round, *of_pairs, without=trained.TAKEN if r.imported else ())
+
+
+def _way_to(session: Session, number: int, wanted: Step) -> str:
+    """How to come by a step that is not there: make it, or change one round alone where it is there with other settings."""
+    makes = f"`{session.command(command_for(wanted), '--round', wanted.round)}` makes it, or `{session.command('round')}`"
+    own = session.overridden("sample", "pair", "finetune")
+    if not own or number == 1 or not any(session.run.root.glob(f"round-{wanted.round:02d}/{wanted.name}-????????/manifest.json")):
+        return makes
+    alone = " ".join(f"--set by_round.{number}.{text}" for text in own)
+    return f"to change round {number} alone, write {alone} in place of {' '.join(f'--set {text}' for text in own)}; otherwise {makes}"
 
 
 def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:
@@ -75,8 +97,7 @@ def choose(session: Session, stage: str, number: int | None, pairs: str | None =
 
     Of imported pairs it is the first round where none is named.
     """
-    if number is None and pairs and is_path(pairs):
-        number = 1
+    number = number_of(session, number, pairs)
     if number is None:
         chain = session.chain(max(most_rounds(session), session.config.rounds))
         if stage == "report":
@@ -84,7 +105,7 @@ def choose(session: Session, stage: str, number: int | None, pairs: str | None =
             return session.chain(number), number
         todo = [r.number for r in chain.rounds[1:] if not all(map(session.run.done, steps_of(chain, r, stage)))]
         number = todo[0] if todo else len(chain.rounds) - 1
-    section = {number: section_of(session, number, pairs)} if pairs else None
+    section = {number: section_of(session, number, pairs, stage != "finetune")} if pairs else None
     return session.chain(number, section, number if stage == "score" else None), number
 
 
@@ -97,26 +118,53 @@ def last(session: Session, chain: Chain, step_of: Callable[[Round], Step | None]
     """The last round whose step is done. Raises UserError if there is none."""
     done = [r.number for r in chain.rounds[1:] if (step := step_of(r)) and session.run.done(step)]
     if not done:
-        raise UserError(f"{session.run.root}: no round has been made with these settings; `fdpo status` shows what there is, `fdpo round` makes one")
+        raise UserError(f"{session.run.root}: no round has been made with these settings; "
+                        f"`{session.command('status')}` shows what there is, `{session.command('round')}` makes one")
     return done[-1]
 
 
 def is_path(pairs: str) -> bool:
-    """Whether --pairs names files rather than what `fdpo rescore` saved."""
+    """Whether --pairs names files rather than what has an id."""
     return Path(pairs).exists() or not re.fullmatch(r"[0-9a-f]{8}", pairs)
 
 
-def section_of(session: Session, number: int, pairs: str) -> Pair | PairSet:
-    """What --pairs names: a pair set that `fdpo rescore` saved for this round, an imported one, or files that are imported into the run."""
-    if not is_path(pairs):
+def imported(session: Session, pairs: str) -> bool:
+    """Whether --pairs names an imported pair set, or a training on one."""
+    return is_path(pairs) or trained.named(session, pairs) is not None
+
+
+def number_of(session: Session, number: int | None, pairs: str | None) -> int | None:
+    """The round named; where none is, that of the training that --pairs names, and the first one of imported pairs."""
+    if number is not None or not pairs:
+        return number
+    found = None if is_path(pairs) else trained.named(session, pairs)
+    return found.round if found else 1 if is_path(pairs) else None
+
+
+def section_of(session: Session, number: int, pairs: str, made: bool = True) -> Pair | PairSet:
+    """What --pairs names: what `fdpo rescore` saved for this round, an imported pair set, files that are imported into the run, or a training.
+
+    made: what was trained on imported pairs is meant, so that its settings are taken up; else it is to be trained with those in force.
+    """
+    training = None if is_path(pairs) else trained.named(session, pairs)
+    if not is_path(pairs) and training is None:
         return saved_pairs(session, number, pairs)
+    found = PairSet.open(training.pairs) if training else _imported(session, pairs)
+    if made or training:
+        trained.take_up(session, number, found, training.id if training else None)
+    return found
+
+
+def _imported(session: Session, pairs: str) -> PairSet:
+    """The pair set at a path, or of the files there."""
     path = Path(pairs)
     if (path / "manifest.json").is_file():
         return PairSet.open(path)
     from fashiondpo_pipeline.formats import guess, read  # here, as most commands import nothing
 
     if not path.exists():
-        raise UserError(f"--pairs: there is no {path}, nor does an id look like that: name a pair set, files to import, or what `fdpo rescore` saved")
+        raise UserError(f"--pairs: there is no {path}, nor does an id look like that: name a pair set, files to import, or the id of "
+                        "what `fdpo rescore` saved or `fdpo finetune --pairs` trained")
     name = guess.guess(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stand = [[file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -151,8 +199,7 @@ def finished(session: Session, number: int | None, pairs: str | None = None) -> 
     """(finetune step, round) of the round named, else of the one that is kept: the last finished, or the best; (None, 0) for the base."""
     if number == 0:
         return None, 0
-    if number is None and pairs and is_path(pairs):
-        number = 1
+    number = number_of(session, number, pairs)
     if number is None:
         chain = session.chain(max(most_rounds(session), session.config.rounds))
         number = last(session, chain, lambda r: r.finetune)

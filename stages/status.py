@@ -2,33 +2,37 @@
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.pairsets import PairSet
+from fashiondpo_pipeline.prompts import HELD_OUT
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Output, Step, read_json
-from stages import Session
+from stages import Chain, Session, trained
 from stages.single import most_rounds
+
+TOLD = 2  # differences that are told of what is stale
+LETTERS = 24  # of each value
 
 
 def run(session: Session, verify: bool, repair: bool) -> None:
     root = session.run.root
     if not root.is_dir():
-        raise UserError(f"there is no run at {root}: `fdpo round` makes it, --name names another")
+        raise UserError(f"there is no run at {root}: `{session.command('round')}` makes it, --name names another")
     chain = session.chain(max(most_rounds(session), session.config.rounds))
-    rows, current = [], set()
-    for step in chain.steps:
-        current.add(step.folder)
-        rows.append([f"round {step.round}", step.name, *_row(session, step)])
+    current = {step.folder for step in chain.steps}
     others = [path for path in root.glob("round-*/*-*") if f"{path.parent.name}/{path.name}" not in current]
     imported = _imported(others)
+    rows = [[f"round {step.round}", step.name, *_row(session, step, imported)] for step in chain.steps]
     rows += [[f"round {int(path.parent.name.removeprefix('round-'))}", path.name, *_found(path, words)] for path, words in imported.items()]
     others = [path for path in others if path not in imported]
     show(f"{root}", ["", "step", "state", "", "size", "seconds"], rows, right=False)
     if others:
         total = sum(map(_bytes, others))
         session.say(f"{len(others)} results of other settings, {size(total)}; the same settings find them again")
+    _next(session, chain, [row[2] for row in rows[: len(chain.steps)]])
     if repair:
         with session.run.lock():
             _verify(session, repair)
@@ -36,15 +40,27 @@ def run(session: Session, verify: bool, repair: bool) -> None:
         _verify(session, repair)
 
 
-def _row(session: Session, step: Step) -> tuple[str, str, str, str]:
-    """State, why or how far, size, seconds."""
+def _next(session: Session, chain: Chain, states: list[str]) -> None:
+    """Say what goes on from here: the last training on imported pairs where there is nothing else, the round begun, or pictures."""
+    begun = any(state in ("done", "begun", "stale") for step, state in zip(chain.steps, states, strict=True) if step.round)
+    latest = next(iter(trained.trainings(session.run)), None)
+    if latest and not begun:
+        session.say(f"next: {session.command('evaluate', '--pairs', latest.id)}")
+    elif set(states) == {"done"}:
+        session.say(f"next: {session.command('generate', session.prompts[HELD_OUT].rows[0]['prompt'], '--round', session.kept(chain))}")
+    else:
+        session.say(f"next: {session.command('round')}")
+
+
+def _row(session: Session, step: Step, imported: Collection[Path]) -> tuple[str, str, str, str]:
+    """State, why or how far, size, seconds. What was made of imported pairs is no older state of a step."""
     folder = session.run.root / step.folder
     if session.run.done(step):
-        grown = f"more has come in since: `fdpo score --round {step.round}` counts it" if step.args.get("grown") else ""
+        grown = f"more has come in since: `{session.command('score', '--round', step.round)}` counts it" if step.args.get("grown") else ""
         return _found(folder, grown)
     if folder.is_dir():
         return "begun", _progress(step, folder), size(_bytes(folder)), ""
-    others = [path for path in folder.parent.glob(f"{step.name}-????????") if (path / "claim.json").is_file()]
+    others = [path for path in folder.parent.glob(f"{step.name}-????????") if path not in imported and (path / "claim.json").is_file()]
     if others:
         newest = max(others, key=lambda path: path.stat().st_mtime)
         return "stale", why(read_json(newest / "claim.json"), step.claim), "", ""
@@ -81,13 +97,13 @@ def _progress(step: Step, folder: Path) -> str:
 
 
 def why(old: dict, new: dict) -> str:
-    """What differs between two claims, in a few words; the inputs only if nothing nearer does.
+    """What differs between two claims, in a few words: the first things that do, and how many more; the inputs only if nothing nearer does.
 
     >>> why({"config": {"beta": 1}, "inputs": {}}, {"config": {"beta": 2}, "inputs": {}})
     'beta: 1 -> 2'
     """
     own = [
-        f"{key}: {old['config'].get(key, 'absent')} -> {new['config'].get(key, 'absent')}"
+        f"{key}: {_short(old['config'].get(key, 'absent'))} -> {_short(new['config'].get(key, 'absent'))}"
         for key in sorted(old["config"].keys() | new["config"].keys())
         if old["config"].get(key, "absent") != new["config"].get(key, "absent")
     ]
@@ -95,7 +111,13 @@ def why(old: dict, new: dict) -> str:
     if old.get("version") != new.get("version"):
         own.append(f"the stage's meaning changed (version {old.get('version')} -> {new.get('version')})")
     inputs = [f"{role} is made anew" for role in sorted(new["inputs"]) if old["inputs"].get(role) != new["inputs"][role]]
-    return "; ".join(own or inputs[:2])
+    told = own or inputs
+    return "; ".join(told[:TOLD]) + (f"; and {len(told) - TOLD} more" if len(told) > TOLD else "")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."
 
 
 def _verify(session: Session, repair: bool) -> None:
@@ -120,8 +142,10 @@ def _verify(session: Session, repair: bool) -> None:
     if not damaged and not sets:
         session.say("every file is as it was written")
     if damaged and repair:
-        session.say(f"{files} dropped: `fdpo round` makes what is missing again")
-    told = [f"{files}: `fdpo status --repair` drops what is damaged, `fdpo round` then makes it again"] if damaged and not repair else []
+        session.say(f"{files} dropped: `{session.command('round')}` makes what is missing again")
+    told = [
+        f"{files}: `{session.command('status', '--repair')}` drops what is damaged, `{session.command('round')}` then makes it again"
+    ] if damaged and not repair else []
     if sets:
         told.append("damaged pair sets: take them away, then import them, or save what people said, again")
     if told:

@@ -90,7 +90,8 @@ class RunStore:
                 out = self.session.run.output(step)
                 out.open()
                 pair.run(self.session, step, out)
-        return f"saved as pairs {step.fingerprint} · to train on it: fdpo finetune --round {number} --pairs {step.fingerprint}"
+        return f"saved as pairs {step.fingerprint} · to train on it: " \
+            + self.session.command("finetune", "--round", number, "--pairs", step.fingerprint)
 
     def save_labels(self, name: str, answers: list[Answer]) -> str:
         r = self.shelf.round

@@ -211,7 +211,8 @@ def test_an_option_that_an_expert_does_not_take(place):
 def test_what_experts_need_and_the_prompts_lack_is_told_before_anything_runs(place):
     asked = (*MOOD, "--set", "experts.mood.options={needs: colour}")
     assert refused("round", *asked) == (
-        "expert 'mood' needs the column 'colour', which the prompts do not have: add it, or drop the expert")
+        "expert 'mood' needs the column 'colour', which the prompts do not have: add it, or drop the expert "
+        "(--set experts.mood=null)")
     assert not (place / "runs").exists()
 
 

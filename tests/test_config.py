@@ -15,7 +15,7 @@ from fashiondpo_pipeline.errors import UserError
 ROOT = Path(__file__).parent.parent
 A_NAME = "should be text of letters, digits, '.', '_' and '-', beginning with a letter or digit"
 SAVED = "should be all, a count from 1, or a list of step numbers from 0"
-SECTIONS = "evaluate, experts, finetune, generator, machine, name, pair, prompts, report, rounds, sample, score, seed"
+SECTIONS = "by_round, evaluate, experts, finetune, generator, machine, name, pair, prompts, report, rounds, sample, score, seed"
 
 
 def written(folder, text):

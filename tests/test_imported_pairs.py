@@ -41,6 +41,42 @@ def test_one_command_trains_on_a_pick_a_pic_file_and_evaluates_on_the_runs_promp
     assert (place / "out" / "t-round1.safetensors").is_file()
 
 
+def test_what_was_trained_on_imported_pairs_is_named_once(place):
+    pickapic(place / "p.parquet")
+    works("import", "pickapic", "p.parquet", "--out", "my set")
+    told = works("finetune", "--pairs", "my set", *DPO, "--set", "finetune.beta=50", "--set", "evaluate.pictures=1").err
+    assert told.endswith('next: fdpo evaluate --pairs "my set" --set evaluate.pictures=1\n')  # its own settings are found again
+    (first,) = (place / "runs/t/round-01").glob("finetune-*")
+    lines = works("status").out.splitlines()
+    assert not [line for line in lines if " stale " in line] and max(map(len, lines)) < 120
+    assert works("status").err == f"next: fdpo evaluate --pairs {first.name[-8:]}\n"
+
+    told = works("evaluate", "--pairs", "my set", "--set", "evaluate.pictures=1").err
+    assert told.startswith(f"with the settings of training {first.name[-8:]}: finetune.beta=50.0, finetune.noise=fresh, "
+                           "finetune.objective=diffusion_dpo\n")
+    assert "prefers it to the base in" in told and told.splitlines()[-1].startswith("next: fdpo generate ")
+    for call in (["generate", "a red dress", "--count", "1", "--out", "drawn"], ["export", "out"], ["inspect", "steps"]):
+        assert "with the settings of training" in works(*call, "--pairs", "my set").err
+    assert len(manifests(place / "runs/t")) == len([*(place / "runs/t").glob("round-*/*/claim.json")])
+
+    works("finetune", "--pairs", "my set", *DPO)  # another one, with other settings: the latest is meant, and the other is named by its id
+    (second,) = {*(place / "runs/t/round-01").glob("finetune-*")} - {first}
+    told = works("export", "latest", "--pairs", "my set").err
+    assert told.startswith(f"with the settings of training {second.name[-8:]}: finetune.noise=fresh, finetune.objective=diffusion_dpo; "
+                           f"there are others on these pairs, named by --pairs {first.name[-8:]}\n")
+    works("export", "earlier", "--pairs", first.name[-8:])
+    file = adapters.FILE
+    assert (place / "earlier" / file).read_bytes() == (place / "out" / file).read_bytes() == (first / "adapter" / file).read_bytes()
+    assert (place / "latest" / file).read_bytes() == (second / "adapter" / file).read_bytes()
+
+
+def test_settings_given_by_hand_are_not_replaced_by_those_of_a_training(place):
+    pickapic(place / "p.parquet")
+    works("finetune", "--pairs", "p.parquet", *DPO)
+    said = refused("evaluate", "--pairs", "p.parquet", *DPO, "--set", "finetune.beta=9")
+    assert "which is not there with these settings" in said and "finetune.beta=9" in said
+
+
 def test_hostile_names_and_prompts_do_nothing_on_the_page(place):
     pickapic(place / "<script>alert(1)<!--.parquet", caption=["<img src=x onerror=alert(1)>"] * 4, jpg_1=[painted(0, "JPEG")] * 4)
     works("finetune", "--pairs", "<script>alert(1)<!--.parquet", *DPO)
@@ -137,7 +173,7 @@ def test_a_set_that_was_altered_is_refused_before_anything_is_encoded(place):
 def test_an_imported_round_is_named_by_status_and_opened_by_inspect(place):
     a_set("set", (0, 1, 1.0), (3, 2, 0.0))
     assert "round 1: finetune has not been run on these pairs" in (sentence := refused("inspect", "steps", "--pairs", "set", *DPO))
-    assert "`fdpo finetune --round 1 --pairs set` does it" in sentence
+    assert f"`fdpo finetune --round 1 --pairs set {' '.join(DPO)}` does it" in sentence
     works("finetune", "--pairs", "set", *DPO)
     told = works("status", *DPO)
     named = [line for line in told.out.splitlines() if "imported pairs: set" in line]
@@ -146,7 +182,7 @@ def test_an_imported_round_is_named_by_status_and_opened_by_inspect(place):
     told = works("inspect", "steps", "--pairs", "set", *DPO)
     assert "round 1 · 2 steps" in told.out
     assert "which `fdpo studio` shows" in refused("inspect", "pairs", "--pairs", "set", *DPO)
-    assert "`fdpo evaluate --round 1 --pairs set` does it" in refused("inspect", "candidates", "--held-out", "--pairs", "set", *DPO)
+    assert f"`fdpo evaluate --round 1 --pairs set {' '.join(DPO)}` does it" in refused("inspect", "candidates", "--held-out", "--pairs", "set", *DPO)
 
 
 def test_status_verifies_the_pair_sets_in_a_run_too(place):

@@ -311,7 +311,7 @@ def test_held_out_draws_of_the_base_can_be_inspected(root):
 
 def test_a_saved_pair_set_is_found_by_its_id_alone(root):
     s = session(root)
-    rescoring.run(s, Pair.model_validate(s.config.pair.model_dump() | {"select": "best_worst"}), None, 1)
+    rescoring.run(s, lambda number: Pair.model_validate(s.config.pair.model_dump() | {"select": "best_worst"}), None, 1)
     saved = re.search(r"saved as pairs (\w+)", said(s)).group(1)
     _, rows = look(root, "pairs", number=None, pairs=saved)
     assert [(row["group"], row["winner"], row["loser"]) for row in rows] == [(DRESS, 0, 2), (NAVY, 3, 0)]

@@ -134,6 +134,11 @@ KNOBS = {
     "machine.shard=1": NOTHING,
     "machine.threads=2": NOTHING,
     "machine.compile=true": NOTHING,
+    "by_round={2: {finetune: {epochs: 3}}}": r"2 (finetune|held-out-.*|evaluate)",
+    "by_round={2: {pair: {margin: 0.1}}}": r"2 (pair|finetune|held-out-.*|evaluate)",
+    "by_round={2: {sample: {eta: 0.5}}}": r"2 .*",
+    "by_round={1: {finetune: {epochs: 3}}, 3: {pair: {margin: 0.1}}}": TRAINED,
+    "by_round={2: {finetune: {checkpoint_every: 3}}}": REFUSED,
 }
 MOOD = "experts.mood.use=whole_runs:Mood"
 WEIGHTS = "pair.weights={clip_t: 0.5, mood: 0.5}"

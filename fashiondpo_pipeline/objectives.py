@@ -11,15 +11,21 @@ half the beta used here, as gain = (ref_error - error) / 2. A number that is mis
 needed, and never is a zero.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.later import Later
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:  # what an objective is and takes can be asked without
+    torch, F = Later("torch"), Later("torch.nn.functional")
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,20 @@ class Objective:
     signal: Literal["either", "log_prob", "error"] = "either"
     needs: tuple[str, ...] = ()
     heeds: tuple[str, ...] = ("beta",)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective of a mix, with its weight and options."""
+
+    objective: Objective
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def signals_of(terms: list[Term], either: str) -> list[str]:
+    """What the gains of these objectives are made of, the first term's first; `either` decides where an objective can take both."""
+    return list(dict.fromkeys(either if term.objective.signal == "either" else term.objective.signal for term in terms))
 
 
 # -- what the losses share

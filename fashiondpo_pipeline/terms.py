@@ -2,15 +2,18 @@
 
 import inspect
 import math
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.objectives import Evidence, Objective
+from fashiondpo_pipeline.later import Later
+from fashiondpo_pipeline.objectives import BUILTIN, Evidence, Objective, Term, signals_of
 from fashiondpo_pipeline.registry import OBJECTIVES, did_you_mean
-from fashiondpo_pipeline.training import Term, signals_of
+
+if TYPE_CHECKING:
+    import torch
+else:  # it takes longer to import than all that is said here
+    torch = Later("torch")
 
 AUTO = "auto"  # label_smoothing: the flip rate that asking twice shows; until it is known the objective's default stands for it
 Taken = dict[str, dict[str, Any]]  # objective's name -> option -> its default
@@ -96,19 +99,39 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+class _Looked(Exception):
+    """An objective has looked at its evidence."""
+
+
+class _Untouched:
+    """Evidence that tells when it is looked at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Looked
+
+
 def _tried(term: Term, beta: float) -> list[str]:
-    """What an objective says of its options when it is asked about two candidates: a range is known to the loss alone."""
+    """What an objective says of its options when it is asked: a range is known to the loss alone.
+
+    Built-in ones say it before they look at the evidence; others are asked about two candidates.
+    """
+    try:
+        term.objective.loss(_Untouched() if term.objective in BUILTIN.values() else _two(), beta=beta, **term.options)  # type: ignore[arg-type]
+    except UserError as problem:
+        return [str(problem)]
+    except _Looked:
+        return []
+    return []
+
+
+def _two() -> Evidence:
+    """What is known of two candidates, one better than the other."""
     number, score = torch.tensor([0, 1]), torch.tensor([1.0, 0.0])
     pixels = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])  # (2, c, h, w)
-    two = Evidence(
+    return Evidence(
         torch.zeros(2), number[:1], number[1:], torch.zeros_like(number), score=score, opinions=score[:, None], error=score, ref_error=score,
         prediction=pixels, ref_prediction=pixels, wanted=pixels * 0,
     )
-    try:
-        term.objective.loss(two, beta=beta, **term.options)
-    except UserError as problem:
-        return [str(problem)]
-    return []
 
 
 def _idle(knobs: Finetune, terms: list[Term], taken: Taken) -> list[str]:

@@ -6,7 +6,7 @@ for each of them. An optimiser step takes several units; micro-batches are whole
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fashiondpo_pipeline import seeds
-from fashiondpo_pipeline.objectives import Evidence, Objective
+from fashiondpo_pipeline.objectives import Evidence, Objective, Term
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,6 @@ def repick(units: list[Unit], weights: np.ndarray, *key: str | int) -> list[Unit
         columns = rng.choice(len(weights), len(own), replace=False, p=weights / weights.sum())
         chosen += [Unit(own[0].group, int(column)) for column in np.sort(columns)]
     return chosen
-
-
-@dataclass(frozen=True)
-class Term:
-    """One objective of a mix, with its weight and options."""
-
-    objective: Objective
-    weight: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def signals_of(terms: list[Term], either: str) -> list[str]:
-    """What the gains of these objectives are made of, the first term's first; `either` decides where an objective can take both."""
-    return list(dict.fromkeys(either if term.objective.signal == "either" else term.objective.signal for term in terms))
 
 
 _COUNTS = ("accuracy", "margin", "winner", "loser", "pairs")  # what is summed for each column

@@ -29,6 +29,7 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
+from fashiondpo_pipeline.terms import check_fits_pictures
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_json
 from stages.naming import written
 
@@ -402,8 +403,6 @@ class _Builder:
 
     def imported(self, number: int, before: Watched, base: Watched, prepared: dict[str, Step], pairs: PairSet) -> Round:
         """A round without a sampler: the pictures and pairs of an imported set, fresh noise on them."""
-        from fashiondpo_pipeline.terms import check_fits_pictures  # here, as torch takes longer to import than `fdpo status` runs
-
         mine = self.config.of_round(number)
         s, knobs = mine.sample, mine.finetune.model_copy(update={"noise": "fresh"})
         check_fits_pictures(knobs)

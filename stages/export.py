@@ -1,19 +1,27 @@
 """`fdpo export`: what a round trained as one file, for diffusers or kohya's readers, and a file that says where it comes from."""
 
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from fashiondpo_pipeline import adapters, lora_formats
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.lora_formats import Lora
+from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.workspace import replace_bytes, write_json
 from stages import Session
 from stages.generate import negative_of
 from stages.single import finished
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fashiondpo_pipeline import adapters, lora_formats
+    from fashiondpo_pipeline.lora_formats import Lora
+else:  # a mistake is told before they are imported
+    adapters, lora_formats = Later("fashiondpo_pipeline.adapters"), Later("fashiondpo_pipeline.lora_formats")
 
 FORMATS = ("diffusers", "kohya")
 
@@ -31,6 +39,8 @@ def run(
     style = session.config.generator.lora
     if merge and not style:
         raise UserError("--merge: the run started from the bare model (generator.lora is null): export without --merge")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder to export to")
     if (adapter / adapters.FULL_FILE).is_file():
         file, use = _denoiser(session, adapter, folder, form)
     elif form == "kohya" or merge:
@@ -93,7 +103,7 @@ def _merged(session: Session, adapter: Path, family: str) -> dict[str, Tensor]:
     if any(layer.magnitude is not None for layer in layers.values()):
         raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; export without --merge and fuse it first")
     with tempfile.TemporaryDirectory() as place:
-        lora_formats.write(_tensors(Lora(layers, []), g.lora_scale), Path(place) / file.name)
+        lora_formats.write(_tensors(lora_formats.Lora(layers, []), g.lora_scale), Path(place) / file.name)
         return lora_formats.merged(Path(place) / file.name, adapter, family)
 
 

@@ -1,22 +1,31 @@
 """`fdpo generate`: pictures of any prompts with a round's adapter, equal to what stock diffusers draws with it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fashiondpo_pipeline import adapters
 from fashiondpo_pipeline.codecs import encode_png
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.prompts import read, slug
-from fashiondpo_pipeline.sampling import Denoise, Guidance, Parts, sample
-from fashiondpo_pipeline.training import holding
 from fashiondpo_pipeline.workspace import Step
 from stages import Session
 from stages.single import finished, section_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fashiondpo_pipeline import adapters, sampling, training
+    from fashiondpo_pipeline.sampling import Denoise, Guidance, Parts
+else:  # a mistake is told before they are imported
+    torch = Later("torch")
+    adapters, sampling, training = (Later(f"fashiondpo_pipeline.{name}") for name in ("adapters", "sampling", "training"))
 
 
 @dataclass(frozen=True)
@@ -46,17 +55,21 @@ def prompts_of(prompt: str | None, file: Path | None) -> list[str]:
 def run(session: Session, wish: Wish, number: int | None, pairs: str | None, out: Path | None) -> None:
     adapter, number = finished(session, number, pairs)
     knobs = session.config.sample
-    guidance = Guidance(knobs.guidance if wish.guidance is None else wish.guidance, tuple(knobs.guidance_interval), knobs.guidance_rescale)
-    if wish.negative and guidance.scale == 1:
+    scale = knobs.guidance if wish.guidance is None else wish.guidance
+    if wish.negative and scale == 1:
         raise UserError("--negative: guidance 1 has no second branch to draw with the negative LoRA; pass --guidance, such as 5")
-    pushed = _weights(session, negative_of(session, number, pairs)) if wish.negative else None
+    against = negative_of(session, number, pairs) if wish.negative else None
+    folder = out or session.run.root / "generated"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file; name a folder for the pictures")
+    guidance = sampling.Guidance(scale, (knobs.guidance_interval[0], knobs.guidance_interval[1]), knobs.guidance_rescale)
+    pushed = _weights(session, against) if against else None
     generator = session.generator(adapter)
     generator.remember(wish.prompts)
     branches = generator.condition([{"prompt": wish.prompts[0]}], guidance, knobs.negative).weights
     generator.let_go("text")
     if pushed and len(branches) == 1:
         raise UserError(f"--negative: {session.config.generator.model} takes guidance as a number and has no second branch for a negative LoRA")
-    folder = out or session.run.root / "generated"
     folder.mkdir(parents=True, exist_ok=True)
     broken = 0
     for prompt in wish.prompts:
@@ -79,7 +92,7 @@ def _draw(generator, prompt: str, wish: Wish, guidance: Guidance, knobs, pushed:
     for start in range(0, wish.count, tile):
         numbers = range(start, min(start + tile, wish.count))
         condition = generator.condition([{"group": "", "prompt": prompt}] * len(numbers), guidance, knobs.negative).steered(guidance, schedule)
-        path = sample(
+        path = sampling.sample(
             denoise, schedule, condition, [torch.Generator().manual_seed(wish.seed + i) for i in numbers], generator.latent_shape,
             eta=knobs.eta if wish.eta is None else wish.eta, tile=tile, device=generator.device,
         )
@@ -117,7 +130,7 @@ def _between(generator, negative: dict[str, Tensor], tile: int) -> Denoise:
         own = generator.denoise(x_t[:tile], t[:tile], {name: part[:tile] for name, part in parts.items()})
         if len(x_t) == tile:  # outside the guidance interval
             return own
-        with holding(weights, negative):
+        with training.holding(weights, negative):
             other = generator.denoise(x_t[tile:], t[tile:], {name: part[tile:] for name, part in parts.items()})
         return torch.cat([own, other])
 

@@ -18,7 +18,9 @@ from fashiondpo_pipeline import memory, schemas, seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.experts.tower import LOCAL
+from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.terminal import show, size
+from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.timesteps import in_window, saved_steps
 from fashiondpo_pipeline.workspace import MANY, WHOLE, Step, packed_size, read_json, write_json
 from stages import Chain, Session
@@ -159,9 +161,6 @@ class Costs:
 
     def _trained(self, step: Step) -> tuple[int, int]:
         """(rows with a backward pass, rows without) of a finetuning."""
-        from fashiondpo_pipeline.terms import terms_of
-        from fashiondpo_pipeline.training import signals_of  # here, as torch takes longer to import than `fdpo status` runs
-
         knobs, sampled = knobs_of(step), step.inputs["sample"].config
         terms = terms_of(knobs)
         signals = signals_of(terms, knobs.signal)

@@ -12,11 +12,12 @@ from fashiondpo_pipeline import adapters, codecs, memory
 from fashiondpo_pipeline.experts import ask
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.generators.diffusers_model import check_answer
+from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.sampling import Guidance, predict, sample
 from fashiondpo_pipeline.store import autocast
 from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.timesteps import saved_steps
-from fashiondpo_pipeline.training import out_of_memory, signals_of
+from fashiondpo_pipeline.training import out_of_memory
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Round, Session
 from stages.encode import guidance_of

@@ -1,9 +1,12 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
 from fashiondpo_pipeline import diagnosis
+from fashiondpo_pipeline.config import Config
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
+from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session
 from stages.naming import command_for
@@ -18,7 +21,7 @@ def run(session: Session, n: int | None) -> None:
     with session.lock():
         todo = [step for step in chain.steps if not session.run.done(step)]
         if todo:
-            _check_objective(session)
+            check_objectives(session)
         _announce(session, chain, todo, n)
         for number in range(n + 1):
             ran = session.execute(chain.of(number))
@@ -42,15 +45,17 @@ def run(session: Session, n: int | None) -> None:
     session.say(f"next: {session.command('generate', session.prompts['held-out'].rows[0]['prompt'], '--round', kept)}")
 
 
-def _check_objective(session: Session) -> None:
+def check_objectives(session: Session) -> None:
     """Raises UserError if the candidates will lack what finetuning needs of them: now, not after hours of sampling."""
-    from fashiondpo_pipeline.terms import terms_of
-    from fashiondpo_pipeline.training import signals_of  # here, as torch takes longer to import than `fdpo status` runs
+    for number in (0, *session.config.by_round):
+        _check_objective(session, session.config.of_round(number))
 
-    knobs, sample = session.config.finetune, session.config.sample
+
+def _check_objective(session: Session, config: Config) -> None:
+    knobs, sample = config.finetune, config.sample
     if knobs.options.get("label_smoothing") == "auto":
-        asked = [name for name, weight in session.config.pair.weights.items() if weight > 0 and getattr(session.make(name), "stochastic", False)]
-        if not asked or not session.config.score.repeat:
+        asked = [name for name, weight in config.pair.weights.items() if weight > 0 and getattr(session.make(name), "stochastic", False)]
+        if not asked or not config.score.repeat:
             raise UserError("finetune.options.label_smoothing is auto, which needs a rewarded expert that may answer otherwise when asked again, "
                             "and score.repeat above 0: give it a number")
     if "log_prob" in signals_of(terms_of(knobs), knobs.signal):

@@ -11,11 +11,12 @@ from fashiondpo_pipeline.identity import fingerprint
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import HELD_OUT
 from fashiondpo_pipeline.terminal import size
+from fashiondpo_pipeline.terms import check_fits_pictures
 from fashiondpo_pipeline.workspace import Step, read_json
 from stages import STAGES, Chain, Round, Session, trained
 from stages.naming import command_for
 from stages.plan import line_of
-from stages.rounds import in_words
+from stages.rounds import check_objectives, in_words
 
 
 def run(session: Session, stage: str, number: int | None, pairs: str | None) -> None:
@@ -35,6 +36,8 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
                 if wanted.folder not in own and not session.run.done(wanted):
                     raise UserError(f"round {number} {stage} reads {role} of round {wanted.round} ({wanted.name}), which is not there "
                                     f"with these settings: {_way_to(session, number, wanted)}")
+        if stage in ("sample", "finetune") and not chain.rounds[number].imported:
+            check_objectives(session)
         if stage == "sample" and not session.run.done(steps[-1]):
             cost = line_of(session, steps[-1])
             session.say(f"round {number} sample: {cost.rows:,} candidates, about {size(cost.bytes)} to write, {cost.forwards:,} denoiser rows")
@@ -171,8 +174,6 @@ def _imported(session: Session, pairs: str) -> PairSet:
     folder = session.run.root / "imported" / f"{path.stem}-{fingerprint([name, str(path.resolve()), stand])}"
     if (folder / "manifest.json").is_file():
         return PairSet.open(folder)
-    from fashiondpo_pipeline.terms import check_fits_pictures  # here, as torch takes long to import
-
     check_fits_pictures(session.config.finetune)  # before the import, which may take hours
     found = read(name, path, folder)
     session.say(f"imported {path} as {name}: {pairsets.in_words(found)}")

@@ -9,9 +9,10 @@ import torch
 from fashiondpo_pipeline import seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.grid import Chooser
+from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.store import Store
-from fashiondpo_pipeline.training import Batch, Group, Term, signals_of
+from fashiondpo_pipeline.training import Batch, Group, Term
 from fashiondpo_pipeline.workspace import Output, Step
 from stages import pair as pairing
 from stages.encode import guidance_of, prompts_of, sampled_of

@@ -406,8 +406,10 @@ def demo_build(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
 ) -> None:
     """Remake the embedded default from its source images: generator, CLIP, judge, catalogue, prompts, outfits. Resumes."""
-    from fashiondpo_pipeline.demo import outfits
-    from fashiondpo_pipeline.demo.build import build
+    from fashiondpo_pipeline.demo import garments, outfits
+
+    garments.check(images)
+    from fashiondpo_pipeline.demo.build import build  # now, as it imports torch
 
     build(images, out, seed=seed, device=device)
     print(outfits.make(out, seed))

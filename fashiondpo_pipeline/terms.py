@@ -4,7 +4,7 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
-from fashiondpo_pipeline.config import Finetune
+from fashiondpo_pipeline.config import Finetune, Sample
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.objectives import BUILTIN, Evidence, Objective, Term, signals_of
@@ -40,6 +40,20 @@ def terms_of(knobs: Finetune) -> list[Term]:
 def made_of(terms: list[Term], either: str) -> dict[str, list[str]]:
     """signals: what the gains are made of, the first term's first (see `signals_of`). heeds: which knobs any of them heeds."""
     return {"signals": signals_of(terms, either), "heeds": sorted({what for term in terms for what in term.objective.heeds})}
+
+
+def check_fits_candidates(knobs: Finetune, sample: Sample, asked_twice: bool) -> None:
+    """Raises UserError for what needs more than the sampler will keep. asked_twice: whether a rewarded expert is, and may answer otherwise."""
+    if knobs.options.get("label_smoothing") == AUTO and not asked_twice:
+        raise UserError("finetune.options.label_smoothing is auto, which needs a rewarded expert that may answer otherwise when asked again, "
+                        "and score.repeat above 0: give it a number")
+    if "log_prob" in signals_of(terms_of(knobs), knobs.signal):
+        if sample.eta == 0:
+            raise UserError(f"finetune.objective {knobs.objective} needs log-probabilities, which sample.eta 0 does not give: "
+                            "raise sample.eta, use diffusion_dpo, or set finetune.signal to error")
+        if not sample.path:
+            raise UserError(f"finetune.objective {knobs.objective} needs to know where each step led, which sample.path false does not keep: "
+                            "set sample.path to true, use diffusion_dpo, or set finetune.signal to error")
 
 
 def check_fits_pictures(knobs: Finetune) -> None:

@@ -29,7 +29,7 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
-from fashiondpo_pipeline.terms import check_fits_pictures
+from fashiondpo_pipeline.terms import check_fits_candidates, check_fits_pictures
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_json
 from stages.naming import written
 
@@ -178,6 +178,13 @@ class Session:
     def _may_judge(self, name: str) -> bool:
         """Whether an expert that nobody named may decide who wins: one that is asked about held-out draws, and looks at more than pixels."""
         return getattr(self.make(name), "held_out", True) and not isinstance(self.make(name), Meter)
+
+    def check_objectives(self) -> None:
+        """Raises UserError if the candidates of a round will lack what its finetuning needs of them: now, not after hours of sampling."""
+        for number in (0, *self.config.by_round):
+            config = self.config.of_round(number)
+            again = [name for name, weight in config.pair.weights.items() if weight > 0 and getattr(self.make(name), "stochastic", False)]
+            check_fits_candidates(config.finetune, config.sample, asked_twice=bool(again) and config.score.repeat > 0)
 
     def rewarding(self, section: Pair) -> Pair:
         """A pair section without the experts that are left out."""

@@ -409,6 +409,7 @@ def _width(tower: tuple[str, str | None]) -> int:
 
 def show_plan(session: Session, chain: Chain, probe: bool = False) -> None:
     """`fdpo plan`: the estimate as a table. With a probe it is kept, for `fdpo round` to compare with what happens."""
+    session.check_objectives()
     if not probe:
         plan = estimate(session, chain)
         show(f"{session.run.root}", ["", "step", "state", "rows", "bytes", "denoiser rows"], [

@@ -1,12 +1,8 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
 from fashiondpo_pipeline import diagnosis
-from fashiondpo_pipeline.config import Config
-from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
-from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.workspace import Step
 from stages import Chain, Session
 from stages.naming import command_for
@@ -14,14 +10,12 @@ from stages.plan import compare, estimate
 
 
 def run(session: Session, n: int | None) -> None:
-    from stages import report  # here, as its charts take longer to import than `fdpo status` runs
-
     n = n or session.config.rounds
     chain = session.chain(n)
     with session.lock():
         todo = [step for step in chain.steps if not session.run.done(step)]
         if todo:
-            check_objectives(session)
+            session.check_objectives()
         _announce(session, chain, todo, n)
         for number in range(n + 1):
             ran = session.execute(chain.of(number))
@@ -29,6 +23,8 @@ def run(session: Session, n: int | None) -> None:
                 chain = session.chain(n)  # what the next round starts from depends on how this one did
             if ran and number:
                 session.say(_sentence(session, chain, number))
+        from stages import report  # here, as its charts take longer to import than a mistake takes to be told
+
         path = report.write(session, chain) if session.first else None
     if not session.first:
         return
@@ -43,28 +39,6 @@ def run(session: Session, n: int | None) -> None:
     session.say(f"report   {path}")
     session.say(f"adapter  {session.run.root / chain.rounds[kept].finetune.folder / 'adapter'}" if kept else "adapter  none, as the base is kept")
     session.say(f"next: {session.command('generate', session.prompts['held-out'].rows[0]['prompt'], '--round', kept)}")
-
-
-def check_objectives(session: Session) -> None:
-    """Raises UserError if the candidates will lack what finetuning needs of them: now, not after hours of sampling."""
-    for number in (0, *session.config.by_round):
-        _check_objective(session, session.config.of_round(number))
-
-
-def _check_objective(session: Session, config: Config) -> None:
-    knobs, sample = config.finetune, config.sample
-    if knobs.options.get("label_smoothing") == "auto":
-        asked = [name for name, weight in config.pair.weights.items() if weight > 0 and getattr(session.make(name), "stochastic", False)]
-        if not asked or not config.score.repeat:
-            raise UserError("finetune.options.label_smoothing is auto, which needs a rewarded expert that may answer otherwise when asked again, "
-                            "and score.repeat above 0: give it a number")
-    if "log_prob" in signals_of(terms_of(knobs), knobs.signal):
-        if sample.eta == 0:
-            raise UserError(f"finetune.objective {knobs.objective} needs log-probabilities, which sample.eta 0 does not give: "
-                            "raise sample.eta, use diffusion_dpo, or set finetune.signal to error")
-        if not sample.path:
-            raise UserError(f"finetune.objective {knobs.objective} needs to know where each step led, which sample.path false does not keep: "
-                            "set sample.path to true, use diffusion_dpo, or set finetune.signal to error")
 
 
 def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:

@@ -16,14 +16,18 @@ from fashiondpo_pipeline.workspace import Step, read_json
 from stages import STAGES, Chain, Round, Session, trained
 from stages.naming import command_for
 from stages.plan import line_of
-from stages.rounds import check_objectives, in_words
+from stages.rounds import in_words
 
 
 def run(session: Session, stage: str, number: int | None, pairs: str | None) -> None:
     """Run what `stage` adds to a round. Raises UserError if something it reads has not been made."""
     chain, number = choose(session, stage, number, pairs)
+    if stage in ("sample", "finetune") and not chain.rounds[number].imported:
+        session.check_objectives()
     with session.lock():
         if stage == "report":
+            for step in chain.steps:
+                session.output(step)
             from stages import report  # here, for the same reason as in rounds
 
             if session.first:
@@ -36,8 +40,6 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
                 if wanted.folder not in own and not session.run.done(wanted):
                     raise UserError(f"round {number} {stage} reads {role} of round {wanted.round} ({wanted.name}), which is not there "
                                     f"with these settings: {_way_to(session, number, wanted)}")
-        if stage in ("sample", "finetune") and not chain.rounds[number].imported:
-            check_objectives(session)
         if stage == "sample" and not session.run.done(steps[-1]):
             cost = line_of(session, steps[-1])
             session.say(f"round {number} sample: {cost.rows:,} candidates, about {size(cost.bytes)} to write, {cost.forwards:,} denoiser rows")

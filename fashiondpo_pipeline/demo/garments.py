@@ -1,17 +1,25 @@
 """Garments of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017) as small colour product photos with captions."""
 
+from __future__ import annotations
+
 import gzip
 import struct
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.later import Later
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Later("torch")
 
 SIZE = 32
 
@@ -94,10 +102,7 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: install the Debian package dataset-fashion-mnist (or unpack it with dpkg-deb -x) "
-            f"and give its folder share/datasets/fashion-mnist as --images."
-        ) from None
+        raise _missing(path) from None
     except (EOFError, OSError) as error:
         raise UserError(f"{path} cannot be unpacked ({error}): fetch the file again.") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
@@ -109,6 +114,18 @@ def read_idx(path: Path) -> np.ndarray:
             f"{path} holds {body.size} bytes where {' x '.join(map(str, shape))} were promised: fetch the file again."
         )
     return body.reshape(shape)
+
+
+def check(folder: Path) -> None:
+    """Raises UserError if one of the files is missing."""
+    for path in (Path(folder) / name for names in FILES.values() for name in names):
+        if not path.is_file():
+            raise _missing(path)
+
+
+def _missing(path: Path) -> UserError:
+    return UserError(f"{path} is missing: install the Debian package dataset-fashion-mnist (or unpack it with dpkg-deb -x) "
+                     "and give its folder share/datasets/fashion-mnist as --images.")
 
 
 def load(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

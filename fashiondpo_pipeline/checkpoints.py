@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fashiondpo_pipeline import hub
 from fashiondpo_pipeline.embedded import PREFIX, locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import hash_path
@@ -25,6 +26,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 OFFLINE = ("a diffusers folder, a single-file checkpoint, or a hub id that can be reached (offline: run `hf download ID` where there is "
            "a network, copy the folder here and name it; or copy the hub's cache and set HF_HOME)")
+
+
+class Unreachable(UserError):
+    """A hub that does not answer, and a model that is not in its cache."""
 
 
 def open_source(model: str, revision: str | None = None, variant: str | None = None, config: str | None = None) -> "Source":
@@ -172,10 +177,10 @@ class Hub(Folder):
         self.revision, self.variant = revision, variant
 
     def _file(self, path: str, revision: str | None) -> Path:
-        from huggingface_hub import hf_hub_download
-
         try:
-            return Path(hf_hub_download(self.name, path, revision=revision))
+            return hub.fetch(self.name, path, revision)
+        except hub.Unreachable as problem:
+            raise Unreachable(str(self._refuse(problem))) from problem
         except (OSError, ValueError) as problem:  # every hub error is one of these
             raise self._refuse(problem) from problem
 

@@ -258,7 +258,7 @@ def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds;
     from stages import plan as stage
 
     session = _session(config, sets, name)
-    stage.show_plan(session, session.chain(n or session.config.rounds), probe)
+    stage.show_plan(session, n or session.config.rounds, probe)
 
 
 @app.command()

@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from fashiondpo_pipeline import memory, schemas, seeds
+from fashiondpo_pipeline.checkpoints import Source, Unreachable
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.embedded import locate
+from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts.tower import LOCAL
 from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.terminal import show, size
@@ -407,19 +409,36 @@ def _width(tower: tuple[str, str | None]) -> int:
 # -- shown and kept
 
 
-def show_plan(session: Session, chain: Chain, probe: bool = False) -> None:
-    """`fdpo plan`: the estimate as a table. With a probe it is kept, for `fdpo round` to compare with what happens."""
-    session.check_objectives()
+class Nowhere(Source):
+    """In place of a model that cannot be reached: nothing is known of it, and no step of it is found done."""
+
+    def identity(self) -> str:
+        return "unreachable"
+
+    text_identity = identity
+
+
+def show_plan(session: Session, rounds: int, probe: bool = False) -> None:
+    """`fdpo plan`: the estimate as a table. With a probe it is kept, for `fdpo round` to compare with what happens.
+
+    Raises UserError where the model cannot be reached, after the counts that do not need it.
+    """
+    try:
+        chain = session.chain(rounds)
+        session.check_objectives()
+        if probe:
+            from stages.probe import run  # here, as it needs torch
+
+        plan = estimate(session, chain, run(session, chain) if probe else None)
+    except Unreachable as problem:
+        _show_counts(session, rounds)
+        raise UserError(f"{problem}; above is what can be counted without the model") from problem
     if not probe:
-        plan = estimate(session, chain)
         show(f"{session.run.root}", ["", "step", "state", "rows", "bytes", "denoiser rows"], [
             [*_beginning(line), f"{line.forwards:,}" if line.forwards else ""] for line in plan.lines
         ])
         session.say(_total(plan))
         return
-    from stages.probe import run  # here, as it needs torch
-
-    plan = estimate(session, chain, run(session, chain))
     memories = "peak memory (GPU)" if memory.on_gpu() else "peak memory (RSS)"
     show(f"{session.run.root}", ["", "step", "state", "rows", "bytes", "seconds", memories], [
         [*_beginning(line), "" if line.seconds is None else f"{line.seconds:,.1f}", size(line.peak) if line.peak else ""] for line in plan.lines
@@ -429,6 +448,19 @@ def show_plan(session: Session, chain: Chain, probe: bool = False) -> None:
         "memory": memories, "rounds": len(chain.rounds) - 1,
         "steps": {line.step.folder: {name: getattr(line, name) for name in ("rows", "bytes", "seconds", "peak")} for line in plan.to_do},
     })
+
+
+def _show_counts(session: Session, rounds: int) -> None:
+    """The rows of each step, of a model that cannot be reached: what is done is known where a commit pins it."""
+    try:
+        chain = session.chain(rounds)
+    except Unreachable:
+        session.source = Nowhere(session.config.generator.model)
+        chain = session.chain(rounds)
+    session.check_objectives()
+    costs = Costs(session)
+    show(f"{session.run.root}", ["", "step", "state", "rows"],
+         [_beginning(Line(step, session.run.done(step), costs.rows(step), 0))[:4] for step in chain.steps])
 
 
 def _beginning(line: Line) -> list[str]:

@@ -129,7 +129,7 @@ def test_a_place_on_the_hub_is_found_in_its_cache_and_without_a_network_nowhere_
     snapshot.mkdir(parents=True)
     save_file({"weight": torch.ones(1, 2)}, snapshot / "x.safetensors")
     place = Place(f"hf://me/heads@{COMMIT}/x.safetensors", "head")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision: str(snapshot / file))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, file, revision, **_: str(snapshot / file))
     assert place.found() == snapshot / "x.safetensors" and place.files("head") == {}
     assert read_weights(place)["weight"].tolist() == [[1, 1]]
     assert Place(f"hf://me/others@{COMMIT}", "head").found() is None

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fashiondpo_pipeline import hub
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 
@@ -78,10 +79,8 @@ class Place:
             return path
         if not self._hub["file"]:
             raise UserError(f"{self.option} '{self.name}': name the file too, {self.name}/FILE")
-        from huggingface_hub import hf_hub_download
-
         try:
-            return Path(hf_hub_download(self._hub["repository"], self._hub["file"], revision=self._hub["commit"]))
+            return hub.fetch(self._hub["repository"], self._hub["file"], self._hub["commit"])
         except (OSError, ValueError) as problem:  # every hub error is one of these
             raise self.refuse(problem) from problem
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -21,26 +21,37 @@ def say(text: str) -> None:
     stderr.print(text)
 
 
-def track(items: Iterable[Item], text: str, total: int, done: int = 0) -> Iterator[Item]:
-    """The items, under a bar (a line each half minute where stderr is not a terminal); `done` of `total` came before."""
+def _one(item: Any) -> int:
+    return 1
+
+
+def track(items: Iterable[Item], text: str, total: int, done: int = 0, unit: str = "", size: Callable[[Item], int] = _one,
+          now: Callable[[], str] = str) -> Iterator[Item]:
+    """The items, under a bar (a line each half minute where stderr is not a terminal); `done` of `total` came before.
+
+    What is counted are `unit`s, of which an item has `size(item)`; `now()` is what else is to be told at the moment, such as a loss.
+    """
     if not stderr.is_terminal:
-        yield from _track_by_lines(items, text, total, done)
+        yield from _track_by_lines(items, text, total, done, unit, size, now)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+               TextColumn("{task.fields[now]}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task(text, total=total, completed=done)
+        task = progress.add_task(text, total=total, completed=done, unit=unit, now="")
         for item in items:
             yield item
-            progress.advance(task)
+            progress.update(task, advance=size(item), now=now())
 
 
-def _track_by_lines(items: Iterable[Item], text: str, total: int, done: int) -> Iterator[Item]:
+def _track_by_lines(items: Iterable[Item], text: str, total: int, done: int, unit: str, size: Callable[[Item], int],
+                    now: Callable[[], str]) -> Iterator[Item]:
     last = time.monotonic()
-    for number, item in enumerate(items, done):
+    for item in items:
         if time.monotonic() - last > EVERY:
-            say(f"{text}: {number} of {total}")
+            say(" ".join(filter(None, [f"{text}: {done:,} of {total:,}", unit, now()])))
             last = time.monotonic()
         yield item
+        done += size(item)
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: bool = True) -> None:

@@ -90,6 +90,10 @@ class Chain:
         """Each step once, after everything it reads."""
         return [step for number in range(len(self.rounds)) for step in self.of(number)]
 
+    def first(self, rounds: int) -> "Chain":
+        """The chain of only so many rounds."""
+        return replace(self, rounds=self.rounds[: rounds + 1])
+
     def of(self, number: int) -> list[Step]:
         """The steps of one round; round 0 begins with what the experts prepare."""
         r = self.rounds[number]
@@ -110,7 +114,7 @@ class Session:
         self.options = list(options)
         self.config, self.say = config, say if self.first else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
-        self.track = track if track and self.first else lambda items, text, total, done=0: items
+        self.track = track if track and self.first else lambda items, *_, **__: items
         self._experts = experts.make_all(config.asked)
         self.left_out: dict[str, str] | None = None  # expert -> why it is not asked; None until that has been looked at
         self._loaded: tuple[str, Any, Any] | None = None  # name, expert, what shares a tower with it

@@ -67,7 +67,8 @@ def run(session, step: Step, out: Output) -> None:
         return store.evidence(batch, predictions, reference.at(batch), candidates.scores_at(batch))
 
     to_do = list(enumerate(plan))[len(progress.rows):]
-    for number, (epoch, units) in session.track(to_do, f"round {step.round} {step.name}", len(plan), len(progress.rows)):
+    bar = session.track(to_do, f"round {step.round} {step.name}", len(plan), len(progress.rows), "steps", now=lambda: in_words(progress))
+    for number, (epoch, units) in bar:
         if knobs.pick == "accuracy":
             units = repick(units, progress.informative(), step.config["seed"], "pick", step.round, number)
         learning_rate = knobs.learning_rate * rate_at(number, len(plan), knobs.warmup, knobs.decay)
@@ -134,6 +135,11 @@ def measured_flips(out: Output, step: Step) -> float:
         raise UserError(f"round {step.round} finetune: asked again, the experts order {labels['disagree']:.0%} of {labels['pairs']} pairs the other "
                         "way: such labels teach nothing; give label_smoothing a number, or reward other experts")
     return labels["flip_rate"]
+
+
+def in_words(progress: Progress) -> str:
+    """The last optimiser step's loss and accuracy; nothing before the first."""
+    return "loss {loss:.4f} accuracy {accuracy:.0%}".format(**progress.rows[-1]) if progress.rows else ""
 
 
 def rate_at(number: int, steps: int, warmup: int, decay: str) -> float:

@@ -17,15 +17,19 @@ def run(session: Session, n: int | None) -> None:
         if todo:
             session.check_objectives()
         _announce(session, chain, todo, n)
+        todo_from = max(todo[0].round, 1) if todo else n  # the first round that is made now
         for number in range(n + 1):
             ran = session.execute(chain.of(number))
             if ran and session.config.evaluate.keep == "best":
                 chain = session.chain(n)  # what the next round starts from depends on how this one did
             if ran and number:
                 session.say(_sentence(session, chain, number))
-        from stages import report  # here, as its charts take longer to import than a mistake takes to be told
+            if session.first and number and (ran or number == n):
+                from stages import report  # here, as its charts take longer to import than a mistake takes to be told
 
-        path = report.write(session, chain) if session.first else None
+                path = report.write(session, chain.first(number))
+                if number == todo_from and number < n:
+                    session.say(f"report   {path}, written anew after every round")
     if not session.first:
         return
     _table(session, chain)

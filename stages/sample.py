@@ -75,7 +75,10 @@ def run(session, step: Step, out: Output) -> None:
     generator.load("denoiser", "vae")
     with ThreadPoolExecutor(1) as pen:
         pending: Future | None = None
-        for shard, groups in session.track(mine, f"round {step.round} {step.name}", len(mine)):
+        each = knobs["candidates"]
+        bar = session.track(mine, f"round {step.round} {step.name}", each * sum(len(groups) for _, groups in mine), unit="pictures",
+                            size=lambda part: each * len(part[1]))
+        for shard, groups in bar:
             if out.has(shard):
                 continue
             started = time.monotonic()

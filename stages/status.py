@@ -32,12 +32,13 @@ def run(session: Session, verify: bool, repair: bool) -> None:
     if others:
         total = sum(map(_bytes, others))
         session.say(f"{len(others)} results of other settings, {size(total)}; the same settings find them again")
-    _next(session, chain, [row[2] for row in rows[: len(chain.steps)]])
     if repair:
         with session.run.lock():
             _verify(session, repair)
     elif verify:
         _verify(session, repair)
+    else:
+        _next(session, chain, [row[2] for row in rows[: len(chain.steps)]])
 
 
 def _next(session: Session, chain: Chain, states: list[str]) -> None:

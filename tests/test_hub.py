@@ -46,7 +46,7 @@ def test_a_hub_that_hangs_up_is_asked_once_and_told_of_in_one_sentence(place, si
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith("fdpo: generator.model: 'someone/else' cannot be loaded (the hub does not answer (")
     assert sentence.endswith("; above is what can be counted without the model")
-    assert Silent.asked == 1  # the client alone would have asked six times, in half a minute
+    assert 0 < Silent.asked <= 2  # once, knocking twice; the client alone asks six times, in half a minute
     lines = [line.split() for line in done.stdout.splitlines()]
     assert ["round", "1", "sample", "to", "do", "24"] in lines and ["round", "1", "finetune", "to", "do", "12"] in lines
 

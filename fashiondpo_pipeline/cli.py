@@ -64,7 +64,7 @@ def _config(config: Path | None, sets: list[str] | None, name: str | None) -> An
 
     here = Path("pipeline.yaml")
     path = config or (here if here.is_file() else None)
-    return load(path, [*(sets or []), *([f"name={json.dumps(name)}"] if name else [])])
+    return load(path, [*(sets or []), *([f"name={json.dumps(name)}"] if name is not None else [])])
 
 
 def _session(config: Path | None, sets: list[str] | None, name: str | None) -> Any:
@@ -188,7 +188,7 @@ def studio(
     """Browse a run or a pair set in the browser, weigh its experts live, and say which of two pictures is better."""
     from stages import studio as stage
 
-    stage.run(lambda named: _session(config, sets, named or name), what, round, pairs, listed, host, port,
+    stage.run(lambda named: _session(config, sets, named if named is not None else name), what, round, pairs, listed, host, port,
               {"--config": config, "--set": sets, "--name": name})
 
 

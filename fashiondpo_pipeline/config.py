@@ -34,8 +34,8 @@ def _rising(pair: list[float]) -> list[float]:
 
 Name = Annotated[
     str,
-    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
-    _only("text of letters, digits, '.', '_' and '-', beginning with a letter or digit"),
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100),  # it names a folder
+    _only("text of at most 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"),
 ]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"), _only("auto, cpu, mps, cuda or cuda:N")]
 SavedSteps = Annotated[

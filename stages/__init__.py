@@ -114,6 +114,9 @@ class Session:
         self.options = list(options)
         self.config, self.say = config, say if self.first else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
+        if os.path.lexists(self.run.root) and not self.run.root.is_dir():
+            raise UserError(f"{self.run.root} is the run's folder, and is a {'link to nothing' if self.run.root.is_symlink() else 'file'}: "
+                            "take it away, or use another --name")
         self.track = track if track and self.first else lambda items, *_, **__: items
         self._experts = experts.make_all(config.asked)
         self.left_out: dict[str, str] | None = None  # expert -> why it is not asked; None until that has been looked at

@@ -127,6 +127,19 @@ def test_a_bug_is_a_traceback_and_not_a_sentence(place, monkeypatch):
         fdpo("plan")
 
 
+def test_an_empty_name_is_no_run_of_another_name(place):
+    assert "name: should be text of at most 100 letters" in fdpo("status", "--name", "").err
+    assert "name: should be text of at most 100 letters" in fdpo("studio", "--name", "").err
+
+
+@pytest.mark.parametrize(("kind", "make"), [("a file", lambda path: path.write_text("")), ("a link to nothing", lambda path: path.symlink_to("x"))])
+def test_a_run_whose_folder_is_none_is_told(place, kind, make):
+    (place / "runs").mkdir()
+    make(place / "runs/t")
+    for command in ("round", "status", "plan"):
+        assert fdpo(command).err == f"fdpo: runs/t is the run's folder, and is {kind}: take it away, or use another --name\n"
+
+
 def test_sample_says_beforehand_what_it_will_write(finished):
     assert "round 1 sample: 24 candidates, about " in works("sample", "--round", "1", "--name", "new").err
     assert "candidates, about" not in works("sample", "--round", "1", "--name", "new").err

@@ -13,7 +13,7 @@ from fashiondpo_pipeline.config import Config, Expert, Section, load, template
 from fashiondpo_pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-A_NAME = "should be text of letters, digits, '.', '_' and '-', beginning with a letter or digit"
+A_NAME = "should be text of at most 100 letters, digits, '.', '_' and '-', beginning with a letter or digit"
 SAVED = "should be all, a count from 1, or a list of step numbers from 0"
 SECTIONS = "by_round, evaluate, experts, finetune, generator, machine, name, pair, prompts, report, rounds, sample, score, seed"
 
@@ -153,6 +153,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
           for window in ("[0.9, 0.1]", "[0.1]", "[0, 2]", "7")),
         ("sample: {save: true}", f"sample.save: {SAVED}, not true"),
         ("name: ../elsewhere", f"name: {A_NAME}, not '../elsewhere'"),
+        (f"name: {'a' * 101}", f"name: {A_NAME}, not '{'a' * 101}'"),
         ("name: 3", f"name: {A_NAME}, not 3"),
         ("experts: {a b: {use: x}}", f"experts.a b: {A_NAME}, not 'a b'"),
         # what belongs together

@@ -56,7 +56,7 @@ def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:
     sample = session.config.sample
     session.say(
         f"run {session.config.name} · {session.config.generator.model} · {len(session.prompts['train'])} prompts x {sample.candidates} "
-        f"candidates · {n} rounds · about {size(cost.total_bytes)} on disk, {cost.forwards:,} denoiser rows{going_on}"
+        f"candidates · {n} round{'' if n == 1 else 's'} · about {size(cost.total_bytes)} on disk, {cost.forwards:,} denoiser rows{going_on}"
     )
 
 

@@ -73,7 +73,8 @@ def _next(session: Session, r: Round, stage: str, pairs: str | None) -> str:
 
 def _way_to(session: Session, number: int, wanted: Step) -> str:
     """How to come by a step that is not there: make it, or change one round alone where it is there with other settings."""
-    makes = f"`{session.command(command_for(wanted), '--round', wanted.round)}` makes it, or `{session.command('round')}`"
+    makes = f"`{session.command(command_for(wanted), '--round', wanted.round)}` makes it" + (
+        ", or `fdpo round` with the same options" if session.options else ", or `fdpo round`")
     own = session.overridden("sample", "pair", "finetune")
     if not own or number == 1 or not any(session.run.root.glob(f"round-{wanted.round:02d}/{wanted.name}-????????/manifest.json")):
         return makes

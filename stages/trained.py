@@ -49,15 +49,15 @@ def named(session: Session, pairs: str) -> Training | None:
 def take_up(session: Session, number: int, pairs: PairSet, id: str | None = None) -> None:
     """Take up the settings of what was trained on these pairs in this round, the training of that id or else the latest, and say so.
 
-    Settings of this command (--set) stand, and so do those in force where a training was done with them.
+    Settings of this command (--set) stand: only a training that had them is meant. So do those in force where a training was done with them.
     """
-    found = [one for one in trainings(session.run) if one.identity == pairs.identity and one.round == number and id in (None, one.id)]
-    if not found or (id is None and (session.overridden(*TAKEN) or any(not differences(session.config, one) for one in found))):
+    asked = {".".join(text.partition("=")[0].strip().split(".")[:2]) for text in session.overridden(*TAKEN)}
+    made = {one.id: one for one in trainings(session.run) if one.identity == pairs.identity and one.round == number and id in (None, one.id)}
+    told_of = {key: differences(session.config, one) for key, one in made.items()}
+    fits = [key for key, told in told_of.items() if not asked & {text.partition("=")[0] for text in told}]
+    if not fits or any(not told for told in told_of.values()):
         return
-    chosen, others = found[0], [one.id for one in found[1:]]
-    told = differences(session.config, chosen)
-    if not told:
-        return
+    chosen, told, others = made[fits[0]], told_of[fits[0]], fits[1:]
     session.adopt(taken(session.config, chosen))
     more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
     session.say(f"with the settings of training {chosen.id}: {', '.join(told[:SHOWN])}{more}"

@@ -352,7 +352,7 @@ def test_what_needs_a_round_says_so_where_there_is_none(place):
 def lacking(stage: str, role: str, name: str, command: str, number: int = 1, of: int | None = None) -> str:
     of = of or number
     return (f"round {number} {stage} reads {role} of round {of} ({name}), which is not there with these settings: "
-            f"run `fdpo {command} --round {of}` first, or `fdpo round`")
+            f"`fdpo {command} --round {of}` makes it, or `fdpo round`")
 
 
 def test_stages_out_of_order_name_the_command_that_comes_first(place):

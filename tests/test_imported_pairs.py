@@ -75,6 +75,8 @@ def test_settings_given_by_hand_are_not_replaced_by_those_of_a_training(place):
     works("finetune", "--pairs", "p.parquet", *DPO)
     said = refused("evaluate", "--pairs", "p.parquet", *DPO, "--set", "finetune.beta=9")
     assert "which is not there with these settings" in said and "finetune.beta=9" in said
+    told = works("evaluate", "--pairs", "p.parquet", *DPO[:2], "--set", "evaluate.pictures=1").err  # those that it had do not stand in its way
+    assert told.startswith("with the settings of training") and ": finetune.noise=fresh\n" in told
 
 
 def test_hostile_names_and_prompts_do_nothing_on_the_page(place):

@@ -337,7 +337,7 @@ _OF_THE_RUN = {
 }
 
 
-def shipped_experts() -> dict[str, "Expert"]:
+def shipped_experts() -> dict[str, Expert | None]:
     """The experts of the embedded default, which read the columns of its prompts."""
     clip = {"model": "local-dir:embedded:fashion_mini/clip"}
     catalog = {"references": "embedded:fashion_mini/catalog.parquet", "match": ["colour", "category"]}

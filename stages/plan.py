@@ -425,7 +425,7 @@ def show_plan(session: Session, rounds: int, probe: bool = False) -> None:
     """
     try:
         chain = session.chain(rounds)
-        session.check_objectives()
+        session.check()
         if probe:
             from stages.probe import run  # here, as it needs torch
 
@@ -457,7 +457,6 @@ def _show_counts(session: Session, rounds: int) -> None:
     except Unreachable:
         session.source = Nowhere(session.config.generator.model)
         chain = session.chain(rounds)
-    session.check_objectives()
     costs = Costs(session)
     show(f"{session.run.root}", ["", "step", "state", "rows"],
          [_beginning(Line(step, session.run.done(step), costs.rows(step), 0))[:4] for step in chain.steps])

@@ -83,7 +83,7 @@ class Tally:
 
 def _say(session: Session, tally: Tally, experts: int, seconds: float) -> None:
     change = tally.counts
-    session.say(f"{change['candidates']:,} candidates, {experts} experts, from cache · {seconds:.1f} s")
+    session.say(f"{change['candidates']:,} candidates, {experts} expert{'' if experts == 1 else 's'}, from cache · {seconds:.1f} s")
     session.say(
         f"pairs {change['before']:,} -> {change['after']:,}: {change['kept']:,} kept, {change['flipped']:,} flipped, {change['lost']:,} lost, "
         f"{change['new']:,} new · rank correlation {tally.correlation:.2f}"

@@ -22,8 +22,9 @@ from stages.rounds import in_words
 def run(session: Session, stage: str, number: int | None, pairs: str | None) -> None:
     """Run what `stage` adds to a round. Raises UserError if something it reads has not been made."""
     chain, number = choose(session, stage, number, pairs)
-    if stage in ("sample", "finetune") and not chain.rounds[number].imported:
-        session.check_objectives()
+    steps = [] if stage == "report" else steps_of(chain, chain.rounds[number], stage)
+    if stage in ("sample", "finetune") and not chain.rounds[number].imported and not all(map(session.run.done, steps)):
+        session.check()
     with session.lock():
         if stage == "report":
             for step in chain.steps:
@@ -33,7 +34,6 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
             if session.first:
                 session.say(f"report   {report.write(session, chain)}")
             return
-        steps = steps_of(chain, chain.rounds[number], stage)
         own = {step.folder for step in steps}
         for step in steps:
             for role, wanted in step.inputs.items():

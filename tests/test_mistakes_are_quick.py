@@ -20,6 +20,7 @@ OF_ALL = {
 OF_CHAINS = {  # and those that only a command can find which knows the steps
     "--set prompts.file=nowhere.txt": "nowhere.txt",
     "--set generator.model=./nowhere": "nowhere",
+    "--set generator.model=someone/else": "the hub does not answer",
     "--set generator.lora=nowhere.safetensors": "nowhere.safetensors",
     "--set experts.clip_t=null": "no rewarded expert",
     "--set experts.mine={use: nobody}": "no expert called 'nobody'",
@@ -32,6 +33,7 @@ OF_TRAINING = {  # what the chosen objective does not take
     "--set finetune.objective=cdpo --set finetune.options={label_smoothing: 0.9}": "from 0 to below 0.5",
     "--set finetune.guard=0.9": "finetune.guard",
     "--set sample.eta=0": "log-probabilities",
+    f"--set generator.model=someone/else --set generator.revision={'a' * 40}": "the hub does not answer",
     "--set by_round.2.finetune.guard=0.9": "finetune.guard",
 }
 OF_ROUNDS = {"--round 9": "round", "--round 9 --pairs 0123abcd": "0123abcd"}
@@ -110,7 +112,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(there, command):
     calls = [[*command.split(), *words(mistake)] for mistake in COMMANDS[command]]
     script = SCRIPT.replace("HEAVY", repr(HEAVY))
     done = subprocess.run([sys.executable, "-c", script], input=json.dumps(calls), capture_output=True, text=True, cwd=there,
-                          env={"PYTHONPATH": ":".join(sys.path), "PATH": "", "HOME": str(there)}, check=False)
+                          env={"PYTHONPATH": ":".join(sys.path), "PATH": "", "HOME": str(there), "HF_HUB_OFFLINE": "1"}, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     for (err, heavy), (mistake, sentence) in zip(told, COMMANDS[command].items(), strict=False):

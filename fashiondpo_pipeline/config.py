@@ -337,6 +337,12 @@ _OF_THE_RUN = {
 }
 
 
+def may_differ(override: str) -> bool:
+    """Whether a round may have a knob of its own: section.key, or section.key=value."""
+    section, _, key = override.partition("=")[0].strip().partition(".")
+    return section in OfRound.model_fields and key not in _OF_THE_RUN.get(section, {})
+
+
 def shipped_experts() -> dict[str, Expert | None]:
     """The experts of the embedded default, which read the columns of its prompts."""
     clip = {"model": "local-dir:embedded:fashion_mini/clip"}

@@ -186,15 +186,15 @@ class Session:
         """Whether an expert that nobody named may decide who wins: one that is asked about held-out draws, and looks at more than pixels."""
         return getattr(self.make(name), "held_out", True) and not isinstance(self.make(name), Meter)
 
-    def check(self) -> None:
-        """Raises UserError if the candidates of a round will lack what its finetuning needs of them, or the model is not to be had.
-
-        Now: not after hours of sampling, nor after the seconds that torch takes to import.
-        """
+    def check_objectives(self) -> None:
+        """Raises UserError if the candidates of a round will lack what its finetuning needs of them: now, not after hours of sampling."""
         for number in (0, *self.config.by_round):
             config = self.config.of_round(number)
             again = [name for name, weight in config.pair.weights.items() if weight > 0 and getattr(self.make(name), "stochastic", False)]
             check_fits_candidates(config.finetune, config.sample, asked_twice=bool(again) and config.score.repeat > 0)
+
+    def check_model(self) -> None:
+        """Raises UserError if the model is not to be had: now, not after the seconds that torch takes to import."""
         self.source.index  # noqa: B018 - a cached property is made by looking at it
 
     def rewarding(self, section: Pair) -> Pair:

@@ -425,7 +425,8 @@ def show_plan(session: Session, rounds: int, probe: bool = False) -> None:
     """
     try:
         chain = session.chain(rounds)
-        session.check()
+        session.check_objectives()
+        session.check_model()
         if probe:
             from stages.probe import run  # here, as it needs torch
 

@@ -15,7 +15,8 @@ def run(session: Session, n: int | None) -> None:
     with session.lock():
         todo = [step for step in chain.steps if not session.run.done(step)]
         if todo:
-            session.check()
+            session.check_objectives()
+            session.check_model()
         _announce(session, chain, todo, n)
         todo_from = max(todo[0].round, 1) if todo else n  # the first round that is made now
         for number in range(n + 1):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fashiondpo_pipeline import pairsets
-from fashiondpo_pipeline.config import Pair
+from fashiondpo_pipeline.config import OfRound, Pair, may_differ
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import fingerprint
 from fashiondpo_pipeline.pairsets import PairSet
@@ -23,8 +23,10 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     """Run what `stage` adds to a round. Raises UserError if something it reads has not been made."""
     chain, number = choose(session, stage, number, pairs)
     steps = [] if stage == "report" else steps_of(chain, chain.rounds[number], stage)
-    if stage in ("sample", "finetune") and not chain.rounds[number].imported and not all(map(session.run.done, steps)):
-        session.check()
+    if stage in ("sample", "finetune") and not all(map(session.run.done, steps)):
+        if stage == "finetune" and not chain.rounds[number].imported:
+            session.check_objectives()
+        session.check_model()
     with session.lock():
         if stage == "report":
             for step in chain.steps:
@@ -75,7 +77,7 @@ def _way_to(session: Session, number: int, wanted: Step) -> str:
     """How to come by a step that is not there: make it, or change one round alone where it is there with other settings."""
     makes = f"`{session.command(command_for(wanted), '--round', wanted.round)}` makes it" + (
         ", or `fdpo round` with the same options" if session.options else ", or `fdpo round`")
-    own = session.overridden("sample", "pair", "finetune")
+    own = [text for text in session.overridden(*OfRound.model_fields) if may_differ(text)]
     if not own or number == 1 or not any(session.run.root.glob(f"round-{wanted.round:02d}/{wanted.name}-????????/manifest.json")):
         return makes
     alone = " ".join(f"--set by_round.{number}.{text}" for text in own)

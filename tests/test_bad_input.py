@@ -62,7 +62,7 @@ def test_an_objective_that_needs_what_the_sampler_will_not_give_is_refused_befor
     works("sample", "--round", "1", "--set", "sample.eta=0")
     works("score", "--round", "1", "--set", "sample.eta=0")
     works("pair", "--round", "1", "--set", "sample.eta=0")
-    assert refused("finetune", "--round", "1", "--set", "sample.eta=0").startswith("finetune.objective needs log-prob")
+    assert refused("finetune", "--round", "1", "--set", "sample.eta=0").startswith("finetune.objective step_dpo needs log-prob")
     works("finetune", "--round", "1", "--set", "sample.eta=0", "--set", "finetune.objective=diffusion_dpo")
 
 
@@ -109,7 +109,7 @@ def test_a_generator_that_is_none_is_told_from_one(place):
 
 def test_another_lora_shape_between_rounds(finished):
     assert refused("finetune", "--round", "2", "--set", "finetune.rank=4") == (
-        lacking("finetune", "sample", "sample", "sample", 2))
+        lacking("finetune", "sample", "sample", "sample", 2, options=" --set finetune.rank=4"))
     (adapter,) = (finished / "runs/t").glob("round-01/finetune-*/adapter/*.safetensors")
     lora_of_rank_4 = session("finetune.rank=4")
     chain = lora_of_rank_4.chain(1)
@@ -349,10 +349,10 @@ def test_what_needs_a_round_says_so_where_there_is_none(place):
     assert not (place / "lora").exists()
 
 
-def lacking(stage: str, role: str, name: str, command: str, number: int = 1, of: int | None = None) -> str:
+def lacking(stage: str, role: str, name: str, command: str, number: int = 1, of: int | None = None, options: str = "") -> str:
     of = of or number
     return (f"round {number} {stage} reads {role} of round {of} ({name}), which is not there with these settings: "
-            f"`fdpo {command} --round {of}` makes it, or `fdpo round`")
+            f"`fdpo {command} --round {of}{options}` makes it, or `fdpo round`{' with the same options' if options else ''}")
 
 
 def test_stages_out_of_order_name_the_command_that_comes_first(place):

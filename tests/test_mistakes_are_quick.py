@@ -40,7 +40,7 @@ OF_ROUNDS = {"--round 9": "round", "--round 9 --pairs 0123abcd": "0123abcd"}
 OF_MADE = {"--pairs nowhere": "nowhere", **OF_ROUNDS}
 COMMANDS = {  # how it is called -> its mistakes
     "round": OF_ALL | OF_CHAINS | OF_TRAINING,
-    "sample --name new": OF_ALL | OF_CHAINS | OF_TRAINING,
+    "sample --name new": OF_ALL | OF_CHAINS | {key: told for key, told in OF_TRAINING.items() if "generator.model" in key},
     "score": OF_ALL | OF_CHAINS | {"--round 9": "sample"},
     "pair": OF_ALL | OF_CHAINS | {"--round 9": "sample"},
     "finetune": OF_ALL | OF_CHAINS | OF_TRAINING | OF_MADE | {"--pairs set": "needs the steps that a sampler took"},

@@ -74,7 +74,8 @@ def test_saved_pairs_are_trained_on_drawn_with_and_exported(finished):
     name = saved(works("rescore", "--round", "1", "--weights", WEIGHTS))
     told = works("finetune", "--round", "1", "--pairs", name)
     assert told.err.startswith("round 1 finetune: ")
-    assert works("finetune", "--round", "1", "--pairs", name).err == "round 1 finetune: done already, nothing to do\n"
+    assert works("finetune", "--round", "1", "--pairs", name).err == (
+        f"round 1 finetune: done already, nothing to do\nnext: fdpo evaluate --round 1 --pairs {name}\n")
     works("export", "theirs", "--round", "1")
     works("export", "ours", "--round", "1", "--pairs", name)
     theirs, ours = (json.loads((finished / folder / "lineage.json").read_text()) for folder in ("theirs", "ours"))
@@ -139,4 +140,4 @@ def test_weights_that_are_none(place, weights, sentence):
 
 def test_scores_that_are_not_there_are_named(finished):
     told = refused("rescore", "--round", "1", "--weights", "mood=1", "--set", "experts.mood.use=whole_runs:Mood")
-    assert told == "round 1: score-mood has not been run with these settings; `fdpo round` makes it"
+    assert told == "round 1: score-mood has not been run with these settings; `fdpo round --set experts.mood.use=whole_runs:Mood` makes it"

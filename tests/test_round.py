@@ -219,8 +219,9 @@ def test_two_rounds_and_then_a_third_are_three_rounds(place, finished_place):
 def test_each_stage_alone_makes_what_a_round_makes(place, finished_place):
     for stage in ("sample", "score", "pair", "finetune", "evaluate"):
         told = works(stage, "--round", "1")
-        assert told.err.splitlines()[-1].startswith("round 1")
-        assert works(stage, "--round", "1").err == f"round 1 {stage}: done already, nothing to do\n"
+        *_, done, follows = told.err.splitlines()
+        assert done.startswith("round 1") and follows.startswith("next: fdpo ")
+        assert works(stage, "--round", "1").err == f"round 1 {stage}: done already, nothing to do\n{follows}\n"
     works("report")
     whole = results(finished_place / "runs/t")
     made = results(place / "runs/t")
@@ -476,7 +477,7 @@ def test_a_round_that_goes_on_from_the_best_one_says_which_it_is_compared_with(p
     assert own[3].finetune.inputs["adapter"] is own[1].finetune and own[3].evaluate.inputs["before"] is own[1].held_out
     page = (place / "runs/t/report.html").read_text()
     assert "<dt>over round 1</dt>" in page and page.count("(round 1)</td>") == 1 and "over round 2" not in page
-    assert f"adapter  {Path('runs/t') / own[1].finetune.folder / 'adapter'}" in said[1] and said[1].rstrip().endswith("--round 1")
+    assert f"adapter  {Path('runs/t') / own[1].finetune.folder / 'adapter'}" in said[1] and "next: fdpo generate \"a red dress\" --round 1 --set" in said[1]
 
 
 def test_where_the_base_is_kept_no_adapter_is_named(place):
@@ -485,6 +486,6 @@ def test_where_the_base_is_kept_no_adapter_is_named(place):
     told = works("round", *sets)
     said = told.out + told.err
     assert "The base is the one to keep" in said and "adapter  none, as the base is kept" in said and "to round 1 in" not in said
-    assert said.rstrip().endswith("--round 0")
+    assert "next: fdpo generate \"a red dress\" --round 0 --set" in said
     assert "-round0-" in works("generate", "a red dress", "--count", "1", "--round", "0", *sets).out
     assert "over round 1" not in (place / "runs/t/report.html").read_text()

@@ -394,6 +394,15 @@ def init(
     print(f"wrote {path}; next: " + ("your prompts into prompts.txt, then " if preset else "") + "fdpo plan, then fdpo round")
 
 
+@app.command()
+def trust(module: Annotated[str, typer.Argument(metavar="MODULE", help="the name before the colon in `use: module:Class`")]) -> None:
+    """Let configurations run the code of a module: an expert or a generator of yours, or of somebody you know."""
+    from fashiondpo_pipeline import trust as trusting
+
+    lies = trusting.trust(module)
+    print(f"trusted: {lies}; to undo it, delete its line in {trusting.file()}")
+
+
 demo = typer.Typer(help="The embedded default.", no_args_is_help=True)
 app.add_typer(demo, name="demo")
 

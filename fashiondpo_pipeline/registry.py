@@ -1,12 +1,15 @@
 """Names to classes, imported only when asked for; strangers come in by the same door as built-ins."""
 
-import importlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Any
 
+from fashiondpo_pipeline import trust
 from fashiondpo_pipeline.errors import UserError
+
+Contract = Callable[[Any], str | None]  # what something lacks to be one of a kind, in words; None where nothing; it calls nothing
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -16,10 +19,13 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 class Registry:
-    """A table of name -> "module:attribute", widened by an entry-point group and by "module:attribute" in a config."""
+    """A table of name -> "module:attribute", widened by an entry-point group and by "module:attribute" in a config.
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, str]):
-        self.kind, self.group, self.builtin = kind, group, builtin
+    A module that only a configuration names is imported if it is trusted (`trust.py`), and what it holds is taken if it keeps `contract`.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: dict[str, str], contract: Contract | None = None):
+        self.kind, self.group, self.builtin, self.contract = kind, group, builtin, contract
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -45,8 +51,11 @@ class Registry:
         return f"package {entry.dist.name} {entry.dist.version}" if entry.dist else f"module {entry.value.partition(':')[0]}"
 
     def check(self, name: str) -> str:
-        """Where `name` lives, without importing it. Raises UserError if nothing is called so."""
-        target = name if ":" in name else self.names().get(name)
+        """Where `name` lives, without importing it. Raises UserError if nothing is called so, or its module is not trusted."""
+        if ":" in name:
+            trust.check(name.partition(":")[0], f"the {self.kind} '{name}'")
+            return name
+        target = self.names().get(name)
         if target is None:
             raise UserError(f"no {self.kind} called '{name}'; {did_you_mean(name, list(self.names()))}")
         return target
@@ -56,13 +65,29 @@ class Registry:
         target = self.check(name)
         module, _, attribute = target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            found = getattr(trust.load(module), attribute)
         except ModuleNotFoundError as problem:
             raise UserError(
-                f"the {self.kind} '{name}' cannot be imported ({problem}): install the package it lives in"
+                f"the {self.kind} '{name}' cannot be imported ({problem}): install the package it lives in, or go to its folder"
             ) from problem
         except AttributeError as problem:
             raise UserError(f"the {self.kind} '{name}': {module} has no '{attribute}'") from problem
+        if target not in self.builtin.values() and ":" in name and self.contract and (lacking := self.contract(found)):
+            raise UserError(f"the {self.kind} '{name}' is none: {lacking}")
+        return found
+
+
+def has(*members: str) -> Contract:
+    """The contract of a class with these members; `__call__` is its instances', not that of every class."""
+
+    def contract(found: Any) -> str | None:
+        if not inspect.isclass(found):
+            return f"it is a {type(found).__name__}, and a class is needed"
+        there = {member for kind in found.__mro__ if kind is not object for member in (*vars(kind), *vars(kind).get("__annotations__", ()))}
+        lacking = [member for member in members if member not in there]
+        return f"the class {found.__name__} has no {', '.join(lacking)}" if lacking else None
+
+    return contract
 
 
 EXPERTS = Registry(
@@ -89,11 +114,13 @@ EXPERTS = Registry(
         "vlm_server": "fashiondpo_pipeline.experts.vlm_server:VisionLanguageServer",
         "white_background": "fashiondpo_pipeline.experts.meters:WhiteBackground",
     },
+    has("version", "range", "load", "__call__"),
 )
 GENERATORS = Registry(
     "generator",
     "fashiondpo_pipeline.generators",
     {"text2img": "fashiondpo_pipeline.generators.text2img:text2img"},
+    has("schedule", "condition", "denoise", "decode"),
 )
 FAMILIES = Registry(  # diffusers' pipeline class -> how it is called
     "model family",
@@ -113,4 +140,5 @@ OBJECTIVES = Registry(
         for name in ("diffusion_dpo", "step_dpo", "ipo", "hinge", "cdpo", "robust_dpo", "soft_dpo", "margin_dpo", "sft", "winner_rise", "mapo",
                      "dspo", "capo", "anchor", "kto", "nft", "plackett_luce", "rankdpo", "dgpo")
     },
+    lambda found: None if type(found).__name__ == "Objective" else f"it is a {type(found).__name__}, not an objectives.Objective",
 )

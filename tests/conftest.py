@@ -21,6 +21,10 @@ settings.register_profile("seeded", deadline=None, derandomize=True, database=No
 settings.load_profile("seeded")
 
 
+os.environ["FDPO_TRUST"] = "whole_runs,broken_expert,test_bad_input,test_processes,test_reliability"  # what the tests' own runs name
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="fdpo-config-")  # nobody's own list of trusted modules
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_network():
     """Every connection to another machine fails loudly; sockets of this machine's own processes still work."""

@@ -71,7 +71,7 @@ def test_an_unknown_objective_generator_or_expert(place):
     assert refused(*cheap("generator.use=text2image")) == "no generator called 'text2image'; did you mean 'text2img'?"
     assert refused(*cheap("experts.mood.use=clip")) == "no expert called 'clip'; did you mean 'clip_text'?"
     assert refused(*cheap("experts.mood.use=nowhere:Mood")) == (
-        "the expert 'nowhere:Mood' cannot be imported (No module named 'nowhere'): install the package it lives in")
+        "the expert 'nowhere:Mood' cannot be imported (No module named 'nowhere'): install the package it lives in, or go to its folder")
     assert refused(*cheap("experts.mood.use=whole_runs:Moot")) == "the expert 'whole_runs:Moot': whole_runs has no 'Moot'"
 
 
@@ -79,31 +79,40 @@ def test_an_unknown_objective_generator_or_expert(place):
     (("finetune.objective=cdpo", "finetune.options={label_smoothing: 0.7}"),
      "finetune: the objective's option label_smoothing should be from 0 to below 0.5, not 0.7; change it in the configuration"),
     (("finetune.objective=cdpo", "finetune.options={label_smoothing: x}"), "finetune.options.label_smoothing: should be a number, not 'x'"),
-    (("finetune.objective=json:loads",),
-     "finetune.objective: json:loads is a function, not an objective: name an instance of fashiondpo_pipeline.objectives.Objective"),
+    (("finetune.objective=json:loads",), "the objective 'json:loads' names Python's own module json, which holds none: name a class of yours"),
+    (("finetune.objective=whole_runs:fdpo",),
+     "the objective 'whole_runs:fdpo' is none: it is a function, not an objectives.Objective"),
     (("finetune.reference=mix", "finetune.adapter=dora"),
      "pipeline.yaml: this does not fit\n  finetune: reference mix needs a plain LoRA (adapter: lora or rslora), as the change that dora makes "
      "cannot be divided; set one or the other"),
-    (("generator.use=whole_runs:Mood",), "generator.use: whole_runs:Mood cannot be called with a model and the options revision, variant, config, "
-     "dtype, prediction, height, width, device, lora, lora_scale, compile (Mood.__init__() got an unexpected keyword argument 'revision'): "
-     "name what makes a generator"),
+    (("generator.use=whole_runs:Mood",), "the generator 'whole_runs:Mood' is none: the class Mood has no schedule, condition, denoise, decode"),
 ])
 def test_an_objective_or_generator_that_could_not_work_is_refused_by_plan_and_before_sampling(place, sets, sentence):
     assert refused(*cheap(*sets)) == refused("plan", *(word for knob in sets for word in ("--set", knob))) == sentence
     assert not list((place / "runs/t").glob("round-*"))
 
 
-class Nothing:
-    """What takes a generator's options and is none."""
+class Half:
+    """What takes other options than a generator's, and has half of its methods."""
+
+    def __init__(self, model: str):
+        pass
+
+    schedule = condition = denoise = decode = None
+
+
+class Whole(Half):
+    """The same, with a generator's options."""
 
     def __init__(self, model: str, **options):
         pass
 
 
 def test_a_generator_that_is_none_is_told_from_one(place):
-    assert refused(*cheap("generator.use=json:loads")).startswith("generator.use: json:loads cannot be called with a model and the options")
-    assert refused(*cheap("generator.use=test_bad_input:Nothing")) == (
-        "generator.use: what test_bad_input:Nothing makes is a Nothing, not a generator: it has no schedule, remember, condition, denoise, "
+    assert refused(*cheap("generator.use=test_bad_input:Half")).startswith(
+        "generator.use: test_bad_input:Half cannot be called with a model and the options")
+    assert refused(*cheap("generator.use=test_bad_input:Whole")) == (
+        "generator.use: what test_bad_input:Whole makes is a Whole, not a generator: it has no schedule, remember, condition, denoise, "
         "decode, load, let_go, save_adapter")
 
 

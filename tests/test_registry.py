@@ -37,8 +37,10 @@ def test_every_built_in_is_where_it_is_said_to_be():
 def test_a_known_name_is_found_and_so_is_a_module_with_an_attribute():
     import math
 
+    import whole_runs
+
     assert SHAPES.find("circle") == math.tau
-    assert SHAPES.find("math:pi") == math.pi
+    assert SHAPES.find("whole_runs:Mood") is whole_runs.Mood
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_or_with_all():
@@ -48,9 +50,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_or_with_all():
 
 def test_a_module_or_attribute_that_is_not_there_is_named():
     assert refused(SHAPES, "nowhere:Thing") == (
-        "the shape 'nowhere:Thing' cannot be imported (No module named 'nowhere'): install the package it lives in"
+        "the shape 'nowhere:Thing' cannot be imported (No module named 'nowhere'): install the package it lives in, or go to its folder"
     )
-    assert refused(SHAPES, "math:Thing") == "the shape 'math:Thing': math has no 'Thing'"
+    assert refused(SHAPES, "whole_runs:Thing") == "the shape 'whole_runs:Thing': whole_runs has no 'Thing'"
 
 
 def test_checking_a_name_imports_nothing():

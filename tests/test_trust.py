@@ -1,0 +1,106 @@
+"""A configuration that comes from somebody runs nothing of theirs until a person has said so, outside of it."""
+
+import sys
+
+import pytest
+from whole_runs import fdpo, refused, works
+
+from fashiondpo_pipeline import trust
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.registry import EXPERTS, GENERATORS, OBJECTIVES
+
+READING = ("status", "plan", "inspect candidates", "experts", "status --verify", "report")
+TEN_LINES = '''
+class Redness:
+    """Share of red in a picture."""
+
+    version, range, needs = 1, (0.0, 1.0), ("picture",)
+
+    def load(self, device, prepared):
+        pass
+
+    def __call__(self, rows):
+        return [sum(row["picture"].resize((1, 1)).getpixel((0, 0))[:1]) / 255 for row in rows]
+'''
+NAMED = ("--set", "experts.red.use=own_redness:Redness")
+
+
+@pytest.fixture(autouse=True)
+def _nobody_trusts_anything(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv(trust.VARIABLE, "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("own_redness", None)
+
+
+@pytest.mark.parametrize("command", READING)
+@pytest.mark.parametrize("knob", [
+    'experts.x={use: "os:system", options: {command: "touch MARKER"}}', 'experts.x={use: "subprocess:Popen", options: {args: [touch, MARKER]}}',
+    'experts.x={use: "stranger:Expert"}', 'experts.x={use: "fashiondpo_pipeline.workspace:Path"}', "generator.use=stranger:Expert",
+    "finetune.objective=stranger:LOSS", "finetune.objective={step_dpo: 1, \"stranger:LOSS\": 1}",
+])
+def test_no_command_imports_or_calls_what_a_strangers_configuration_names(place, command, knob):
+    (place / "stranger.py").write_text("open('MARKER', 'w')\nclass Expert: pass\nLOSS = Expert()")
+    told = fdpo(*command.split(), "--set", knob)
+    assert not (place / "MARKER").exists() and "stranger" not in sys.modules
+    if command != "experts" and "experts" in knob:  # `fdpo experts` lists each with its fault; what only reads a run needs no objective
+        assert told.code == 1 and "experts.x" in told.err or "the expert" in told.err
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "fashiondpo_pipeline.workspace:Path", "fashiondpo_pipeline.trust:trust",
+                                  "fashiondpo_pipeline.registry:Registry"])
+@pytest.mark.parametrize("table", [EXPERTS, GENERATORS, OBJECTIVES])
+def test_a_function_or_a_class_of_another_kind_is_never_taken(table, name):
+    with pytest.raises(UserError):
+        table.find(name)
+
+
+def test_an_expert_of_ten_lines_beside_the_configuration_scores_once_trusted(place):
+    (place / "own_redness.py").write_text(TEN_LINES)
+    works("sample", "--round", "1")
+    told = refused("score", "--round", "1", *NAMED)
+    assert str(place / "own_redness.py") in told and told.endswith("if you trust it: fdpo trust own_redness")
+    assert "own_redness" not in sys.modules
+    assert f"trusted: {place / 'own_redness.py'}" in works("trust", "own_redness").out
+    works("score", "--round", "1", *NAMED)
+    assert list(place.glob("runs/t/round-01/score-red-*/manifest.json"))
+    assert sys.path[-1] == str(place) and sys.path[0] != str(place)
+
+
+def test_a_module_of_the_same_name_in_another_folder_is_another_one(place, monkeypatch):
+    (place / "own_redness.py").write_text(TEN_LINES)
+    works("trust", "own_redness")
+    assert trust.trusted("own_redness")
+    (place / "other").mkdir()
+    (place / "other/own_redness.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(place / "other")
+    assert not trust.trusted("own_redness")
+    with pytest.raises(UserError, match="was never trusted on this machine"):
+        EXPERTS.find("own_redness:Redness")
+
+
+def test_what_is_installed_comes_before_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pandas.py").write_text("")
+    assert trust.place("pandas").name == "__init__.py"
+
+
+def test_one_process_may_trust_by_its_environment(place, monkeypatch):
+    (place / "own_redness.py").write_text(TEN_LINES)
+    monkeypatch.setenv(trust.VARIABLE, "a,own_redness")
+    assert EXPERTS.find("own_redness:Redness").range == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("module", "why"), [
+    ("os", "os needs no trust"), ("fashiondpo_pipeline.x", "fashiondpo_pipeline needs no trust"), ("nowhere_at_all", "there is no module"),
+])
+def test_what_cannot_be_trusted_is_a_sentence(place, module, why):
+    assert refused("trust", module).startswith(why)
+
+
+def test_a_list_that_cannot_be_read_is_a_sentence(place):
+    (place / "own_redness.py").write_text(TEN_LINES)
+    trust.file().parent.mkdir(parents=True)
+    trust.file().mkdir()
+    assert "cannot be read" in refused("trust", "own_redness")

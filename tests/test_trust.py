@@ -45,7 +45,7 @@ def test_no_command_imports_or_calls_what_a_strangers_configuration_names(place,
     told = fdpo(*command.split(), "--set", knob)
     assert not (place / "MARKER").exists() and "stranger" not in sys.modules
     if command != "experts" and "experts" in knob:  # `fdpo experts` lists each with its fault; what only reads a run needs no objective
-        assert told.code == 1 and "experts.x" in told.err or "the expert" in told.err
+        assert (told.code == 1 and "experts.x" in told.err) or "the expert" in told.err
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "fashiondpo_pipeline.workspace:Path", "fashiondpo_pipeline.trust:trust",

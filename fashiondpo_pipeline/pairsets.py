@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from fashiondpo_pipeline import schemas
@@ -97,6 +98,12 @@ class PairSet:
     def counts(self) -> dict[str, int]:
         """Rows of `pictures` and `pairs`, and how many of the pairs are `labelled`, and `ties` among them."""
         return self.manifest["counts"]
+
+    @cached_property
+    def shares(self) -> int:
+        """How many labels are shares: neither won outright nor a tie."""
+        return sum(pc.sum(pc.and_(pc.and_(pc.greater(label, 0), pc.less(label, 1)), pc.not_equal(label, 0.5))).as_py() or 0
+                   for label in (table["label"] for table in self.pairs(["label"])))
 
     def pictures(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The pictures, a shard at a time, in the order in which they came."""
@@ -227,7 +234,8 @@ def in_words(pairs: PairSet) -> str:
     text = f"{counts['pictures']:,} pictures, {counts['pairs']:,} pairs"
     if counts["pairs"]:
         won, bare = counts["labelled"] - counts["ties"], counts["pairs"] - counts["labelled"]
-        text += f" ({won:,} with a winner, {counts['ties']:,} ties, {bare:,} not labelled)"
+        shared = f", {pairs.shares:,} of them by a share of votes" if pairs.shares else ""
+        text += f" ({won:,} with a winner{shared}, {counts['ties']:,} ties, {bare:,} not labelled)"
     if dropped:
         text += f"; {sum(dropped.values()):,} rows left out: " + ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
     return text

@@ -39,8 +39,11 @@ def made_of(terms: list[Term], either: str) -> dict[str, list[str]]:
     return {"signals": signals_of(terms, either), "heeds": sorted({what for term in terms for what in term.objective.heeds})}
 
 
-def check_fits_pictures(knobs: Finetune) -> None:
-    """Raises UserError for what needs more than pictures and who won: where a sampler stepped, experts' scores, or asking them twice."""
+def check_fits_pictures(knobs: Finetune, shares: bool = False) -> None:
+    """Raises UserError for what needs more than pictures and who won: where a sampler stepped, experts' scores, or asking them twice.
+
+    shares: whether labels are shares of votes, which an objective that knows good and bad pictures only can make nothing of.
+    """
     if knobs.replay:
         raise UserError("finetune.replay mixes earlier rounds' candidates in, which were saved with their steps, and imported pictures were not: "
                         "set it to 0")
@@ -52,6 +55,9 @@ def check_fits_pictures(knobs: Finetune) -> None:
         lacks = "experts' scores" if {"score", "opinions"} & set(term.objective.needs) else None
         if signals_of([term], knobs.signal) != ["error"]:
             lacks = "the steps that a sampler took"
+        if shares and term.objective.outright:
+            raise UserError(f"finetune.objective {name} takes a picture as good or bad, and labels of these pairs are shares of votes: "
+                            "use an objective of pairs, such as diffusion_dpo, which weighs by them")
         if lacks:
             fit = {name: OBJECTIVES.find(name) for name in OBJECTIVES if not name.startswith("_")}
             fit = {name: o for name, o in fit.items() if o.signal != "log_prob" and not {"score", "opinions"} & set(o.needs)}

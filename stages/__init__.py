@@ -344,13 +344,13 @@ class _Builder:
         from fashiondpo_pipeline.terms import check_fits_pictures  # here, as torch takes longer to import than `fdpo status` runs
 
         s, knobs = self.config.sample, self.config.finetune.model_copy(update={"noise": "fresh"})
-        check_fits_pictures(knobs)
+        check_fits_pictures(knobs, bool(pairs.shares))
         files, args = {"pairs": pairs.identity}, {"pairs": pairs.folder}
         encode = Step("encode", "encode-pairs", number, VERSIONS["encode"], {"negative": "", **self.generator}, {},
                       {"text": self.session.source.text_identity(), **files}, args, implied=True)
         latents = Step("latents", "latents", number, VERSIONS["latents"], {"height": s.height, "width": s.width}, {},
                        {"generator": self.session.generator_identity, **files}, args)
-        pair = Step("adopt", "pair", number, VERSIONS["adopt"], {}, {}, files, args)
+        pair = Step("adopt", "pair", number, VERSIONS["adopt"], {"shares": True} if pairs.shares else {}, {}, files, args)
         sampled = {"steps": s.steps, "guidance": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "eta": 0.0, "negative": ""}
         adapter = before.finetune if isinstance(before, Round) else None
         inputs = {"encode": encode, "sample": latents, "pair": pair, **({"adapter": adapter} if adapter else {})}

@@ -113,7 +113,7 @@ def section_of(session: Session, number: int, pairs: str) -> Pair | PairSet:
     path = Path(pairs)
     if (path / "manifest.json").is_file():
         return PairSet.open(path)
-    from fashiondpo_pipeline.formats import guess, read  # here, as most commands import nothing
+    from fashiondpo_pipeline.formats import guess, notes, read  # here, as most commands import nothing
 
     if not path.exists():
         raise UserError(f"--pairs: there is no {path}, nor does an id look like that: name a pair set, files to import, or what `fdpo rescore` saved")
@@ -128,6 +128,8 @@ def section_of(session: Session, number: int, pairs: str) -> Pair | PairSet:
     check_fits_pictures(session.config.finetune)  # before the import, which may take hours
     found = read(name, path, folder)
     session.say(f"imported {path} as {name}: {pairsets.in_words(found)}")
+    for line in notes(found):
+        session.say(line)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fashiondpo_pipeline.codecs import kind_of
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import Comparison, Format, Losses, Refused, Rows
+from fashiondpo_pipeline.formats import Comparison, Format, Losses, Reading, Refused, Rows
 from fashiondpo_pipeline.formats.files import ENDINGS, comparisons, decided, in_pairs, inside, picture_at
 from fashiondpo_pipeline.pairsets import PairSet
 
@@ -17,7 +17,7 @@ CAPTIONS = (".caption", ".txt")
 MOST_CAPTION = 1 << 20  # bytes
 
 
-def read(path: Path) -> Rows:
+def read(path: Path, reading: Reading) -> Rows:
     subsets = sorted({folder.parent for side in ("w", "l") for folder in path.rglob(side) if folder.is_dir()})
     if not subsets:
         raise UserError(f"{path}: there are no folders w and l in it")

@@ -21,7 +21,8 @@ from stages.encode import guidance_of, prompts_of, sampled_of
 class Members:
     """One group: candidate numbers in rising order, its pairs as such numbers, and what the experts say of each member.
 
-    share (p,): preference for each winner, None where all won outright. score (n,): normalised; opinions (n, m): logits; NaN where missing, no columns where no objective reads them.
+    share (p,): preference for each winner, None where all won outright.
+    score (n,): normalised; opinions (n, m): logits; NaN where missing, no columns where no objective reads them.
     """
 
     numbers: np.ndarray

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_formats import painted, pickapic
 from whole_runs import fdpo, folder_of, manifests, refused, session, works
 
@@ -115,6 +116,47 @@ def a_set(folder, *pairs):
     """A set of four pictures of one prompt; pairs: (first, second, label)."""
     pictures = [{"group": "g", "candidate": n, "prompt": "a red dress", "picture": {"bytes": painted(n)}} for n in range(4)]
     return pairsets.write(folder, pictures, [dict(zip(("group", "first", "second", "label"), ("g", *pair), strict=True)) for pair in pairs], {})
+
+
+def trained(place, folder, *sets):
+    """(loss of every step, the adapter's weights) of a finetuning on a set."""
+    works("finetune", "--pairs", folder, *DPO, *(part for text in sets for part in ("--set", text)))
+    run = session(*DPO[1::2], *sets)
+    out = run.output(run.chain(1, {1: PairSet.open(folder)}).rounds[1].finetune)
+    (file,) = (out.folder / "adapter").glob("*.safetensors")
+    return out.table("steps")["loss"].to_pylist(), load_file(file)
+
+
+@pytest.mark.parametrize("guard", ["null", "0.9"])
+def test_a_pair_that_three_of_four_people_chose_trains_as_their_four_pairs_do_and_not_as_a_hard_win(place, guard):
+    sets = [f"finetune.guard={guard}", "finetune.learning_rate=0.01", "finetune.epochs=4"]
+    a_set("share", (0, 1, 0.75))
+    a_set("people", (0, 1, 1.0), (0, 1, 1.0), (0, 1, 1.0), (0, 1, 0.0))
+    a_set("hard", (0, 1, 1.0))
+    (loss, weights), (same, equal), (other, _) = (trained(place, name, *sets) for name in ("share", "people", "hard"))
+    assert loss == pytest.approx(same, abs=1e-6) and loss[0] == pytest.approx(np.log(2), abs=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, equal[name], atol=1e-6, rtol=1e-4)
+    assert abs(loss[-1] - other[-1]) > 1e-4
+
+
+def test_a_set_with_shares_has_claims_of_its_own_and_one_without_has_those_it_had(place):
+    hard, soft = a_set("hard", (0, 1, 1.0), (2, 3, 0.5), (1, 2, None)), a_set("soft", (0, 1, 1.0), (3, 2, 0.25))
+    claims = [session(*DPO[1::2]).chain(1, {1: pairs}).rounds[1].pair.config for pairs in (hard, soft)]
+    assert claims == [{}, {"shares": True}] and (hard.shares, soft.shares) == (0, 1)
+    works("finetune", "--pairs", "soft", *DPO)
+    run = session(*DPO[1::2])
+    table = run.output(run.chain(1, {1: soft}).rounds[1].pair).table("pairs")
+    assert [tuple(row.values()) for row in table.select(["winner", "loser", "share"]).to_pylist()] == [(0, 1, 1.0), (2, 3, 0.75)]
+
+
+def test_an_objective_that_cannot_weigh_shares_is_refused_by_name(place):
+    a_set("soft", (0, 1, 0.7))
+    sets = ("--set", "finetune.objective=kto", "--set", "finetune.signal=error")
+    sentence = refused("finetune", "--pairs", "soft", *sets)
+    assert "finetune.objective kto takes a picture as good or bad, and labels of these pairs are shares" in sentence
+    a_set("hard", (0, 1, 1.0))
+    works("finetune", "--pairs", "hard", *sets)
 
 
 def test_a_pair_of_a_picture_that_is_not_there_is_told_and_left_out(place):

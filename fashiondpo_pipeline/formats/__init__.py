@@ -165,7 +165,9 @@ class Cells(dict):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        if name not in self:
+            return default
+        return self[name]
 
 
 @dataclass(frozen=True)

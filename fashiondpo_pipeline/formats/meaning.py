@@ -32,13 +32,14 @@ OPTIONAL = ("annotator", "gap", "source", "source_0", "source_1")
 ROLES = ("prompt", "winner", "loser", "first", "second", "label", "votes_first", "votes_second", "image", "images", "rank", *OPTIONAL)
 TIES = {"tie", "tied", "equal", "same", "both", "draw", "neither", "bothgood", "bothbad", "tiebothbad"}
 YES, NO = {"true", "yes", "1", "1.0"}, {"false", "no", "0", "0.0"}
-FIRST, SECOND = {"first", "left", "a", "win", "wins", "won", "imagea", "imageleft"}, {"second", "right", "b", "lose", "loses", "lost", "imageb", "imageright"}
+FIRST = {"first", "left", "a", "win", "wins", "won", "imagea", "imageleft"}
+SECOND = {"second", "right", "b", "lose", "loses", "lost", "imageb", "imageright"}
 
 
 def votes_of(first: str, second: str) -> list[tuple[str, str]]:
     """The columns that may say how many, or which share, voted for each of two sides, the most telling first."""
-    names = [(f"weighted_results_{first}_preference", f"weighted_results_{second}_preference"), (f"weighted_results_{first}", f"weighted_results_{second}"),
-             (f"votes_{first}", f"votes_{second}"), (f"{first}_votes", f"{second}_votes"), (f"num_votes_{first}", f"num_votes_{second}")]
+    forms = ("weighted_results_{}_preference", "weighted_results_{}", "votes_{}", "{}_votes", "num_votes_{}")
+    names = [(form.format(first), form.format(second)) for form in forms]
     common = [("first", "second"), ("0", "1"), ("1", "2"), ("a", "b"), ("left", "right")]
     return names + [(f"votes_{a}", f"votes_{b}") for a, b in common] + [(f"{a}_votes", f"{b}_votes") for a, b in common]
 
@@ -54,7 +55,7 @@ Read = Callable[[Any, str | None], Picture]  # (a cell, what the picture is call
 
 def absent(value: Any) -> bool:
     """Whether a cell holds nothing: null, an empty text, or the not-a-number that pandas writes for null."""
-    return value is None or value == "" or isinstance(value, float) and math.isnan(value)
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def number(name: str, value: Any) -> float | None:

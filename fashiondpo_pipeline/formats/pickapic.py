@@ -7,6 +7,7 @@ The best picture's id (`best_image_uid`) says nothing that the labels do not, an
 from collections import Counter
 from functools import partial
 from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 

@@ -54,10 +54,12 @@ def chosen(files: Iterable[Path], root: Path, reading: Reading, rows_of: Callabl
 def _wanted(there: set[str], root: Path, asked: str | None) -> str:
     if asked is None or asked == ALL:
         if asked is None and len(there) > 1 and TRAIN not in there:
-            raise UserError(f"{root}: it has the parts {', '.join(sorted(there))}, and none is called train: say which with --split NAME, or --split all")
+            raise UserError(f"{root}: it has the parts {', '.join(sorted(there))}, and none is called train: say which with --split NAME, "
+                            "or --split all")
         return ALL if asked or len(there) < 2 else TRAIN
     if named(asked) not in there:
-        has = f"{did_you_mean(asked, sorted(there))} (it has {', '.join(sorted(there))})" if there else "its files tell of no parts: leave --split out"
+        has = (f"{did_you_mean(asked, sorted(there))} (it has {', '.join(sorted(there))})" if there else
+               "its files tell of no parts: leave --split out")
         raise UserError(f"{root}: there is no part called '{asked}'; {has}")
     return named(asked)
 

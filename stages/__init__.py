@@ -27,6 +27,7 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
+from fashiondpo_pipeline.statistics import FEW
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_json
 
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
@@ -470,6 +471,8 @@ class _Builder:
         e = self.config.evaluate
         config = {"judge": e.judge, "bootstrap": e.bootstrap, "interval": e.interval, "seed": self.config.seed,
                   "weights": section.weights, "experts": self.held_out_experts}
+        if len(self.session.prompts[HELD_OUT]) < FEW:
+            config["few"] = True  # such intervals were too narrow once: those results are not these
         for role, r in (("base", base), ("before", before), ("after", after)):
             inputs = inputs | {role: r.held_out}
             inputs |= {f"{role}-embed-{i}": step for i, step in enumerate(r.held_out_embeddings.values())}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fashiondpo_pipeline import pairsets
+from fashiondpo_pipeline import diagnosis, pairsets
 from fashiondpo_pipeline.config import Pair
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import fingerprint
@@ -47,7 +47,10 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     if not ran:
         session.say(f"round {number} {stage}: done already, nothing to do")
     elif stage == "evaluate":
-        session.say(f"round {number}: {in_words(session.output(steps[-1]).manifest['numbers'], chain.rounds[number].before)}")
+        numbers, finetune = session.output(steps[-1]).manifest["numbers"], session.output(chain.rounds[number].finetune)
+        session.say(f"round {number}: {in_words(numbers, chain.rounds[number].before)}")
+        for finding in diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], finetune.table("steps"), numbers):
+            session.say(f"round {number}: {finding.level}: {finding.sentence}")
     else:
         numbers = session.output(steps[-1]).manifest["numbers"] if stage == "pair" else {}
         made = f"{numbers['pairs']:,} pairs, {numbers['rejected']} groups without · " if numbers else ""

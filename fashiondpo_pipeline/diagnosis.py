@@ -27,7 +27,7 @@ WANTED_MARGIN, MOST_FACTOR = 0.5, 10.0  # the logit that an advised beta aims at
 WIDE_MARGIN = 5.0  # at a logit of 5 a pair has 0.7 % of its first gradient left
 FULL, EARLY = 0.99, 0.5  # share of pairs in their order, and how much of finetuning may pass before that is nothing odd
 PLATEAU = 0.02  # gain of accuracy over the second half below which it taught nothing
-FEW_PAIRS, FEW_STEPS = 20, 10  # pairs to learn from, and optimiser steps, below which a round shows little
+FEW_PAIRS, FEW_STEPS = 10, 10  # pairs to learn from, and optimiser steps, below which a round shows little
 SKIPPED = 0.05  # share of steps without a finite gradient; fp16 skips a few while it finds its scale
 DRIFT = 1.0  # standard deviations of the base's pictures that a meter may move
 Z = 1.96  # of a two-sided interval of 95 %
@@ -346,7 +346,7 @@ def _few_pairs(count: int) -> list[Finding]:
     if count >= FEW_PAIRS:
         return []
     return [Finding("warning", f"only {_counted(count, 'pair')} to learn from: they say what these pictures are, not what is preferred",
-                    f"label or draw at least {FEW_PAIRS}, better some hundreds")]
+                    f"label or draw at least {FEW_PAIRS}, better hundreds")]
 
 
 def _few_steps(count: int) -> list[Finding]:

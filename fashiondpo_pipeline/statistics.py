@@ -54,7 +54,7 @@ def interval(values: np.ndarray, seed: int, resamples: int, coverage: float) -> 
     alike, most = prompts.var(ddof=1), mean * (1 - mean)
     effect = float(np.clip(each * alike / most, 1, each)) if most > 0 else each  # how many pictures count as one
     ends = [*student(prompts, coverage), *wilson(mean, known.sum() / effect, NormalDist().inv_cdf((1 + coverage) / 2))]
-    return mean, max(min(ends), 0.0), min(max(ends), 1.0)
+    return mean, float(max(min(ends), 0.0)), float(min(max(ends), 1.0))
 
 
 def student(values: np.ndarray, coverage: float) -> tuple[float, float]:

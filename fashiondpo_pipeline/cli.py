@@ -306,7 +306,7 @@ def list_experts(
 
 @app.command("import")
 def import_pairs(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv, json")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="the file, or the folder it lies in")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="the pair set's folder; default: pairs/NAME here")] = None,
     columns: Annotated[str | None, typer.Option("--columns", metavar="OURS=THEIRS,...", help="which columns hold what: "
@@ -323,7 +323,7 @@ def import_pairs(
 
 @app.command("export-pairs")
 def export_pairs(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv, json")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to put them; whole or not at all")],
     round: RoundNumber = None,
     source: Annotated[Path | None, typer.Option("--from", metavar="DIR", help="a pair set, instead of a round's pairs")] = None,

@@ -450,7 +450,8 @@ def test_two_pairs_two_steps_and_four_prompts_are_each_told():
     assert evidence(1, 40)[0][1].startswith("only 1 pair to learn from")
 
 
-@pytest.mark.parametrize(("count", "words"), [(4, "they say nothing of others"), (5, "an interval over so few is wide"), (19, "an interval"), (20, None)])
+@pytest.mark.parametrize(("count", "words"), [(4, "they say nothing of others"), (5, "an interval over so few is wide"), (19, "an interval"),
+                                             (20, None)])
 def test_prompts_are_too_few_to_say_anything_or_to_say_much(count, words):
     assert [words in sentence for _, sentence in evidence(evaluated=evaluated(count))] == ([True] if words else [])
 

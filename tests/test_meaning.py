@@ -11,7 +11,8 @@ from test_formats import listed, painted, reasons, told
 
 from fashiondpo_pipeline import checks, formats
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import meaning, splits
+from fashiondpo_pipeline.formats import json_lists, meaning, splits
+from fashiondpo_pipeline.formats.guess import guess
 from fashiondpo_pipeline.formats.meaning import label_of, side_named
 from fashiondpo_pipeline.schemas import PICTURE
 from stages.exchanging import columns_of
@@ -291,6 +292,120 @@ def test_metadata_files_have_parts_and_so_have_rows(tmp_path):
     found = imported(tmp_path / "in" / "train", tmp_path, "csv")
     assert [row[0] for row in told(found)] == ["train", "x"] and reasons(found) == left("test", 1) and found.manifest["splits"] == {"train": 1}
     assert imported(tmp_path / "in" / "train", tmp_path, "csv", split="all").counts["pairs"] == 3
+
+
+# -- lists
+
+
+def a_list(folder, objects, name="train.json", pictures=6):
+    folder.mkdir(exist_ok=True)
+    for n in range(pictures):
+        (folder / f"{n}.png").write_bytes(painted(n))
+    (folder / name).write_text(objects if isinstance(objects, str) else json.dumps(objects, indent=1))
+    return folder / name
+
+
+def pairs_of(found):
+    """(first, second, label) of each pair by the pictures' numbers."""
+    numbers = {painted(n): n for n in range(6)}
+    return [(numbers[row[1]], numbers[row[2]], row[3]) for row in told(found)]
+
+
+@pytest.mark.parametrize(("objects", "pairs", "placed"), [
+    ([{"prompt": "x", "file_path": ["0.png", "1.png"], "human_preference": [0, 1]}], [(0, 1, 0.0)], True),  # HPDv2, train
+    ([{"prompt": "x", "image_path": ["0.png", "1.png", "2.png"], "rank": [2, 1, 2], "raw_annotations": []}],
+     [(0, 1, 0.0), (0, 2, 0.5), (1, 2, 1.0)], False),  # HPDv2, test
+    ([{"prompt": "x", "images": ["0.png", "1.png", "2.png"], "human_preference": 1}], [(0, 1, 0.0), (1, 2, 1.0)], False),  # HPDv1
+    ([{"prompt": "x", "path1": "0.png", "path2": "1.png", "choice_dist": [3, 1], "confidence": 0.9}], [(0, 1, 0.75)], False),  # HPDv3
+    ([{"prompt": "x", "path1": "0.png", "path2": "1.png", "choice_dist": [1, 3]}], [(0, 1, 0.75)], False),
+    ([{"prompt": "x", "path1": "0.png", "path2": "1.png"}], [(0, 1, 1.0)], False),
+    ([{"image1": "0.png", "image2": "1.png", "prompt": "x", "pw": "right", "annotator": 7}], [(0, 1, 0.0)], True),  # Label Studio, short
+    ([{"prompt": "x", "preferred": "1.png", "unpreferred": "0.png"}], [(1, 0, 1.0)], False)])
+def test_lists_of_objects_are_read_as_their_makers_mean_them(objects, pairs, placed, tmp_path):
+    found = imported(a_list(tmp_path / "in", objects), tmp_path, "json")
+    assert pairs_of(found) == pairs and found.manifest["placed"] == placed and not reasons(found)
+
+
+def task(*annotations, **data):
+    return {"id": 5, "data": {"caption": "x", "left_one": "/data/local-files/?d=0.png", "right_one": "/data/upload/3/1.png", **data},
+            "annotations": list(annotations)}
+
+
+def said(selected, who=1, **more):
+    value = {"from_name": "pw", "to_name": "left_one,right_one", "type": "pairwise", "value": {"selected": selected}}
+    return {"id": 9, "completed_by": who, "result": [value] if selected else [], **more}
+
+
+def test_label_studios_export_is_a_pair_an_annotation(tmp_path):
+    tasks = [task(said("left"), said("right", {"id": 2, "email": "ann@x"}), said("left", was_cancelled=True)), task(said(None, 3)), task()]
+    found = imported(a_list(tmp_path / "in", tasks, "export.json"), tmp_path, "json")
+    assert [(first, second, label) for first, second, label in pairs_of(found)] == [(0, 1, 1.0), (0, 1, 0.0)], "without an answer nothing is compared"
+    assert [(row[4], row[6]) for row in told(found)] == [("1", "5"), ("ann@x", "5")]
+    assert reasons(found) == {"the annotator skipped it": 1, "there are no pictures under names that are known": 2}
+    plain = [{"id": 6, "data": {"prompt": "x", "image1": "0.png", "image2": "1.png"}, "annotations": [
+        {"completed_by": 1, "result": [{"to_name": "image1", "type": "choices", "value": {"choices": ["Tie"]}}]}, {"completed_by": 2, "result": []}]}]
+    assert labels(imported(a_list(tmp_path / "in", plain, "export.json"), tmp_path, "json")) == [0.5, None]
+
+
+def test_pictures_are_found_beside_a_list_and_nowhere_else(tmp_path):
+    file = a_list(tmp_path / "in", [{"prompt": "x", "preferred": a, "rejected": "1.png"} for a in
+                                    ("9.png", "8.png", "http://x/0.png", "/etc/passwd", "../secret.png", 3)])
+    for place, n in (("train/9.png", 2), ("images/8.png", 3)):
+        (tmp_path / "in" / place).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / place).write_bytes(painted(n))
+    (tmp_path / "secret.png").write_bytes(painted(4))
+    found = imported(file, tmp_path, "json")
+    assert pairs_of(found) == [(2, 1, 1.0), (3, 1, 1.0)]
+    assert reasons(found) == {"the picture is at an address, which is not asked": 1, "the path leads out of its folder": 2,
+                              "there is no file name": 1}
+
+
+@pytest.mark.parametrize("piece", [3, 17, 1 << 20])
+@pytest.mark.parametrize(("text", "count", "dropped"), [
+    ("[%s]", 1, {}), (" [ %s,\n%s , %s ] ", 3, {}), ("[1, %s, 234, null]", 1, {"the item is not an object": 3}),
+    ("[%s, {]", 1, {"the list is not JSON from here on": 1}), ("[%s", 1, {"the list is not JSON from here on": 1}),
+    ("%s\n%s\n", 2, {}), ("[%s, " + "[" * 100_000, 1, {"the list is not JSON from here on": 1})])
+def test_a_list_is_read_in_pieces_and_what_is_broken_costs_itself(text, count, dropped, piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lists, "PIECE", piece)
+    row = json.dumps({"prompt": "é [,]}", "preferred": "0.png", "rejected": "1.png"}, ensure_ascii=False)
+    found = imported(a_list(tmp_path / "in", text.replace("%s", row)), tmp_path, "json")
+    assert len(told(found)) == count and reasons(found) == dropped and told(found)[0][0] == "é [,]}"
+
+
+def test_an_object_without_end_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lists, "PIECE", 50)
+    monkeypatch.setattr(json_lists, "MOST_LINE", 200)
+    row = json.dumps({"prompt": "x", "preferred": "0.png", "rejected": "1.png"})
+    found = imported(a_list(tmp_path / "in", f'[{row}, {{"a": "{"x" * 10_000}"}}]'), tmp_path, "json")
+    assert reasons(found) == {"the list is not JSON from here on": 1}
+
+
+def test_parts_of_a_list_set_and_lists_that_say_nothing(tmp_path):
+    row = {"prompt": "x", "file_path": ["0.png", "1.png"], "human_preference": [1, 0]}
+    a_list(tmp_path / "in", [row, {"prompt": "x", "file_path": ["0.png", "1.png", "2.png"]}, {"prompt": "x", "images": ["0.png"], "rank": [1, 2]},
+                             {"prompt": "x", "images": ["0.png", "1.png", "2.png"], "human_preference": [1, 1, 0]}])
+    a_list(tmp_path / "in", [row] * 3, "test.json")
+    a_list(tmp_path / "in", '{\n "a": 1\n}', "info.json")
+    found = imported(tmp_path / "in", tmp_path, "json")
+    assert pairs_of(found) == [(0, 1, 1.0)] and reasons(found) == left("test", 3) | {
+        "the file is neither a list nor an object a line": 1, "it says of no picture of its list that it is the best, and gives no ranks": 2, "there are not as many ranks as pictures": 1}
+    assert guess(tmp_path / "in") == guess(tmp_path / "in" / "test.json") == "json"
+
+
+# -- ranks
+
+
+def test_rows_of_one_picture_with_a_rank_are_compared_within_their_prompt_and_list(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = [("x", 0, 2, "a"), ("x", 1, 1, "a"), ("x", 2, 2, "a"), ("x", 3, 1, "b"), ("y", 4, 1, "a")]  # as ImageRewardDB has them
+    for n in range(5):
+        (tmp_path / "in" / f"{n}.png").write_bytes(painted(n))
+    columns = {"prompt": [r[0] for r in rows], "image_path": [f"{r[1]}.png" for r in rows], "rank": [r[2] for r in rows],
+               "prompt_id": [r[3] for r in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "in" / "metadata-train.parquet")
+    found = imported(tmp_path / "in", tmp_path)
+    assert pairs_of(found) == [(0, 1, 0.0), (0, 2, 0.5), (1, 2, 1.0)] and not found.manifest["placed"]
+    assert [row[5] for row in told(found)] == [1.0, None, 1.0] and found.counts["pictures"] == 5
 
 
 # -- what was met

@@ -417,8 +417,8 @@ def test_page_says_which_round_to_keep(session, record):
 def test_page_says_over_how_many_pictures_a_mean_is(session, record):
     text = rendered(session, record)
     shown, every = record.config.report.pictures, record.base.k
-    sentence = (f"its mean over all {every} pictures of the prompt, of which {shown} are shown" if shown < every else "its mean over the pictures shown")
-    assert sentence in text
+    told = f"all {every} pictures of the prompt, of which {shown} are shown" if shown < every else "the pictures shown"
+    assert f"its mean over {told}" in text
     few = replace(record, config=record.config.model_copy(update={"report": record.config.report.model_copy(update={"pictures": 1})}))
     assert f"its mean over all {every} pictures of the prompt, of which 1 are shown" in rendered(session, few)
 

@@ -38,6 +38,7 @@ FORMATS = Registry(
         "folders": "fashiondpo_pipeline.formats.folders:FORMAT",
         "kto": "fashiondpo_pipeline.formats.kto:FORMAT",
         "csv": "fashiondpo_pipeline.formats.plain_csv:FORMAT",
+        "json": "fashiondpo_pipeline.formats.json_lists:FORMAT",
     },
 )
 

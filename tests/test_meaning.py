@@ -388,7 +388,8 @@ def test_parts_of_a_list_set_and_lists_that_say_nothing(tmp_path):
     a_list(tmp_path / "in", '{\n "a": 1\n}', "info.json")
     found = imported(tmp_path / "in", tmp_path, "json")
     assert pairs_of(found) == [(0, 1, 1.0)] and reasons(found) == left("test", 3) | {
-        "the file is neither a list nor an object a line": 1, "it says of no picture of its list that it is the best, and gives no ranks": 2, "there are not as many ranks as pictures": 1}
+        "the file is neither a list nor an object a line": 1, "there are not as many ranks as pictures": 1,
+        "it says of no picture of its list that it is the best, and gives no ranks": 2}
     assert guess(tmp_path / "in") == guess(tmp_path / "in" / "test.json") == "json"
 
 

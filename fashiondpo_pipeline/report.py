@@ -652,9 +652,9 @@ def agreement(done: Round) -> tuple[list[str], list[list[float]]]:
 # -- the page
 
 
-def render(**parts: object) -> str:
-    """The page as text. Everything that is not made by this package (prompts, reasons, names) is escaped."""
+def render(page: str = "report.html.j2", **parts: object) -> str:
+    """A page as text. Everything that is not made by this package (prompts, reasons, names) is escaped."""
     pages = Environment(loader=PackageLoader("fashiondpo_pipeline"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
     pages.filters.update(figure=figure, fixed=fixed, signed=signed, duration=duration)
-    return pages.get_template("report.html.j2").render(parts)
+    return pages.get_template(page).render(parts)

@@ -1,6 +1,9 @@
 """Training on imported pairs: no sampler, each picture through the VAE once; refusals in a sentence; sets drawn for annotation."""
 
+import base64
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 from test_formats import painted, pickapic
 from whole_runs import fdpo, folder_of, manifests, refused, session, works
 
-from fashiondpo_pipeline import adapters, pairsets
+from fashiondpo_pipeline import adapters, pairsets, report
 from fashiondpo_pipeline.codecs import decode_half, decode_picture, encode_png
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.pairsets import PairSet
@@ -35,7 +38,16 @@ def test_one_command_trains_on_a_pick_a_pic_file_and_evaluates_on_the_runs_promp
     (page,) = (place / "runs" / "t").glob("imported-*.html")
     text = page.read_text()
     assert all(words in text for words in ("pickapic: p.parquet", "Checks before training", "winner minus loser", "loss, first and last step",
-                                           "bright prefers it to the base"))
+                                           "bright prefers it to the base", "What was learnt from", "Before and after"))
+    shown = re.findall(r'<img src="data:image/[a-z]+;base64,([^"]+)"', text)
+    run = session(*DPO[1::2])
+    pictures = 2 * 2 + 2 * run.config.evaluate.pictures * len(run.prompts["held-out"])  # of both pairs; of base and round
+    assert len(shown) == pictures and all(decode_picture(base64.b64decode(one), "").size for one in shown)
+    assert text.count("<svg") == 6, "the gains, four curves of finetuning, and where in the walk it learns"
+    style = (Path(report.__file__).parent / "templates" / "report.css").read_text()
+    assert style.strip() in text, "it looks like the other report"
+    assert "Only 2 pairs to learn from" in text and "Only 2 optimiser steps" in text
+    assert "warning: only 2 pairs to learn from" in told.err
     works("generate", "a red dress", "--pairs", "p.parquet", "--count", "1", "--out", "drawn", *DPO)
     assert len(list((place / "drawn").iterdir())) == 1
     works("export", "out", "--pairs", "p.parquet", "--format", "kohya", *DPO)
@@ -46,7 +58,9 @@ def test_hostile_names_and_prompts_do_nothing_on_the_page(place):
     pickapic(place / "<script>alert(1)<!--.parquet", caption=["<img src=x onerror=alert(1)>"] * 4, jpg_1=[painted(0, "JPEG")] * 4)
     works("finetune", "--pairs", "<script>alert(1)<!--.parquet", *DPO)
     (page,) = (place / "runs" / "t").glob("imported-*.html")
-    assert "<script" not in page.read_text() and "<img" not in page.read_text() and "&lt;script&gt;" in page.read_text()
+    text = page.read_text()
+    assert "<script" not in text and "<img src=x" not in text and "&lt;script&gt;" in text and "&lt;img src=x" in text
+    assert set(re.findall(r'<img src="([^:]*:)', text)) == {"data:"}, "nothing is asked of anybody"
 
 
 def test_latents_are_the_vaes_of_the_fitted_pictures_and_training_meets_the_winner_and_the_loser(place):

@@ -69,7 +69,8 @@ def _looks(session: Session, r: Round, record: Record, evaluated: dict | None) -
     """The held-out prompts that are shown before and after; none before there is an evaluation."""
     if evaluated is None:
         return {"rows": [], "grids": []}
-    rows, names, prompts = report.chosen_prompts(record), record.base.groups.to_pylist(), {}
+    rows, names = report.chosen_prompts(record), record.base.groups.to_pylist()
+    prompts: dict[str, str] = {}
     wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
     # the page numbers its draws: 0 is the base, 1 the only round that is shown
     draws = {number: thumbnails(session.output(step), wanted, prompts) for number, step in ((0, r.evaluate.inputs["base"]), (1, r.held_out))}

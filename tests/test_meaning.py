@@ -169,6 +169,16 @@ def test_winner_and_loser_go_by_many_names_and_none_says_which_was_shown_first(n
     assert not any("won" in line for line in checks.sentences(checks.check(found)))
 
 
+@pytest.mark.parametrize("format", ["csv", "huggingface", "pickapic", "json", "invoke"])
+def test_a_set_without_an_order_gets_none_that_tells_the_winner_when_it_travels_on(format, tmp_path):
+    found = imported(table(tmp_path / "in" / "a.parquet", 40, chosen="picture", rejected="picture"), tmp_path)
+    formats.write(format, found, tmp_path / "out")
+    back = imported(tmp_path / "out", tmp_path, format)
+    winners = [[row[1] if row[3] else row[2] for row in told(one)] for one in (found, back)]
+    assert winners[0] == winners[1] and 8 <= sum(labels(back)) <= 32
+    assert not any("the first (left) picture won" in line for line in checks.sentences(checks.check(back)))
+
+
 @pytest.mark.parametrize("sides", meaning.SIDES)
 def test_sides_go_by_many_names_and_were_shown_in_that_order(sides, tmp_path):
     found = imported(table(tmp_path / "in" / "a.parquet", 6, **dict.fromkeys(sides, "picture"), label=[1.0] * 6), tmp_path)

@@ -177,8 +177,8 @@ def label_of(row: Mapping[str, Any], sides: tuple[str, str], classes: Mapping[st
     for name in CHOICES:
         if not absent(row.get(name)):
             return _choice(name, row[name], sides, (classes or {}).get(name))
-    if isinstance(found := row.get("human_preference"), list) and len(found) == 2:
-        return share_of_votes(*(number("human_preference", one) for one in found))
+    if isinstance(liked := row.get("human_preference"), list) and len(liked) == 2:
+        return share_of_votes(*(number("human_preference", one) for one in liked))
     for one, other in votes_of(*sides):
         if not absent(row.get(one)) or not absent(row.get(other)):
             return share_of_votes(number(one, row.get(one)), number(other, row.get(other)))

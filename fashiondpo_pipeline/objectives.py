@@ -58,6 +58,7 @@ class Objective:
 
     heeds: which of "beta" and the winner guard's "slack" its gradient depends on; a knob that no objective heeds is refused.
     outright: a pair must have a winner outright; a share of votes is refused.
+    by_order: it reads of scores their order alone, so that a ranking by people does.
     """
 
     loss: Callable[..., tuple[Tensor, Tensor]]
@@ -66,6 +67,7 @@ class Objective:
     needs: tuple[str, ...] = ()
     heeds: tuple[str, ...] = ("beta",)
     outright: bool = False
+    by_order: bool = False
 
 
 # -- what the losses share
@@ -466,8 +468,8 @@ CAPO = Objective(capo, "pair", needs=("opinions",), heeds=GUARDED)
 ANCHOR = Objective(anchor, "candidate", needs=("prediction", "ref_prediction"), heeds=())
 KTO = Objective(kto, "candidate", outright=True)  # a picture is good or bad to it
 NFT = Objective(nft, "candidate", "error", needs=("score", "prediction", "ref_prediction", "wanted"), heeds=())
-PLACKETT_LUCE = Objective(plackett_luce, "unit", needs=("score",))
-RANKDPO = Objective(rankdpo, "unit", needs=("opinions",))
+PLACKETT_LUCE = Objective(plackett_luce, "unit", needs=("score",), by_order=True)
+RANKDPO = Objective(rankdpo, "unit", needs=("opinions",), by_order=True)
 DGPO = Objective(dgpo, "unit", needs=("score",))
 
 BUILTIN: dict[str, Objective] = {

@@ -345,7 +345,7 @@ class _Builder:
         from fashiondpo_pipeline.terms import check_fits_pictures  # here, as torch takes longer to import than `fdpo status` runs
 
         s, knobs = self.config.sample, self.config.finetune.model_copy(update={"noise": "fresh"})
-        check_fits_pictures(knobs, bool(pairs.shares))
+        check_fits_pictures(knobs, pairs)
         files, args = {"pairs": pairs.identity}, {"pairs": pairs.folder}
         encode = Step("encode", "encode-pairs", number, VERSIONS["encode"], {"negative": "", **self.generator}, {},
                       {"text": self.session.source.text_identity(), **files}, args, implied=True)

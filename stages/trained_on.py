@@ -9,6 +9,7 @@ import torch
 from fashiondpo_pipeline import seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.grid import Chooser
+from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.store import Store
 from fashiondpo_pipeline.training import Batch, Group, Term, signals_of
@@ -71,7 +72,11 @@ class Candidates:
         won, lost = ("loser", "winner") if self.swapped else ("winner", "loser")
         pairs = {name: (rows[won].to_numpy(int), rows[lost].to_numpy(int), rows["share"].to_numpy(float) if shared else None)
                  for name, rows in table.groupby("group")}
-        opinions = self._opinions_of(session, pair) if pair.stage == "pair" and (self._whole or self._wants) else {}
+        opinions = {}
+        if pair.stage == "pair" and (self._whole or self._wants):
+            opinions = self._opinions_of(session, pair)
+        elif pair.stage == "adopt" and self._wants:
+            opinions = self._ranks_of(PairSet.open(pair.args["pairs"]))
         nobody = np.empty(0, int), np.empty(0, int), None
         found = {}
         for name in sorted(pairs.keys() | (opinions.keys() if self._whole else set())):
@@ -99,6 +104,16 @@ class Candidates:
             random = np.random.default_rng(seeds.key(self.seed, "labels", name))
             order = random.permutation(mixed.shape[1]) if rule["labels"] == "random" else slice(None)
             found[name] = mixed[n][order], each[n][order]
+        return found
+
+    def _ranks_of(self, pairs: PairSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Group -> (score (k,), the same as one expert's (k, 1)): people's ranking, higher is better; a negative adapter's is turned."""
+        found = {}
+        for name, ranking in pairs.rankings.items():
+            score = np.full(max(ranking or [-1]) + 1, math.nan)
+            for number, beaten in (ranking or {}).items():
+                score[number] = -beaten if self.swapped else beaten
+            found[name] = score, score[:, None]
         return found
 
     def _drawn(self, groups: dict[str, Members], own: int, rounds: int, share: float, *key: str | int) -> dict[str, Members]:

@@ -173,6 +173,26 @@ def test_an_objective_that_cannot_weigh_shares_is_refused_by_name(place):
     works("finetune", "--pairs", "hard", *sets)
 
 
+@pytest.mark.parametrize(("pairs", "ranking"), [
+    ([(0, 1, 1.0), (2, 1, 0.0), (0, 2, 1.0)], {0: 2, 1: 1, 2: 0}), ([(0, 1, 1.0), (0, 2, 1.0), (1, 2, 0.5)], {0: 2, 1: 0.5, 2: 0.5}),
+    ([(0, 1, 1.0), (1, 0, 0.0)], {0: 1, 1: 0}), ([(0, 1, 1.0), (1, 2, 1.0)], None), ([(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)], None),
+    ([(0, 1, 1.0), (1, 0, 1.0)], None), ([(0, 1, 0.75)], None), ([(0, 1, 1.0), (0, 1, None)], None), ([(0, 0, 1.0)], None)])
+def test_pairs_are_a_ranking_where_each_two_were_compared_and_all_agree(pairs, ranking, tmp_path):
+    assert a_set(tmp_path / "set", *pairs).rankings == {"g": ranking}
+
+
+@pytest.mark.parametrize("objective", ["plackett_luce", "rankdpo"])
+def test_objectives_of_an_order_train_on_ranked_pictures_and_refuse_what_is_no_ranking(place, objective):
+    a_set("ranked", (0, 1, 1.0), (0, 2, 1.0), (1, 2, 1.0))
+    a_set("turned", (0, 1, 0.0), (0, 2, 0.0), (1, 2, 0.0))
+    sets = [f"finetune.objective={objective}", "finetune.learning_rate=0.01", "finetune.epochs=4"]
+    losses, weights = zip(*(trained(place, name, *sets, "finetune.signal=error") for name in ("ranked", "turned")), strict=True)
+    assert losses[0][-1] < losses[0][0] and not all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    a_set("loose", (0, 1, 1.0), (1, 2, 1.0))
+    sentence = refused("finetune", "--pairs", "loose", *DPO, *(part for text in (*sets, "finetune.signal=error") for part in ("--set", text)))
+    assert f"finetune.objective {objective} needs a ranking of each prompt's pictures, and of 1 of 1 prompts the pairs are none" in sentence
+
+
 def test_a_pair_of_a_picture_that_is_not_there_is_told_and_left_out(place):
     a_set("set", (0, 1, 1.0), (2, 9, 1.0), (3, 2, 0.0))
     told = works("finetune", "--pairs", "set", *DPO)

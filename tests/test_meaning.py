@@ -272,6 +272,24 @@ def test_one_part_is_read_and_every_other_is_named_with_its_count(parts, tmp_pat
     assert formats.notes(found)[0].startswith("split: ")
 
 
+def test_folders_of_winners_and_losers_have_parts_too(tmp_path):
+    for number, place in enumerate(("train/1_hat", "test/1_hat", "test/2_bag")):
+        for n, side in enumerate("wl"):
+            (tmp_path / "in" / place / side).mkdir(parents=True)
+            (tmp_path / "in" / place / side / "a.png").write_bytes(painted(10 * number + n))
+        (tmp_path / "in" / place / "w" / "a.txt").write_text(place)
+    found = imported(tmp_path / "in", tmp_path, "folders")
+    assert [row[0] for row in told(found)] == ["train/1_hat"] and reasons(found) == left("test", 2) and found.manifest["splits"] == {"train": 1}
+    assert imported(tmp_path / "in", tmp_path, "folders", split="all").counts["pairs"] == 3
+
+
+@pytest.mark.parametrize(("columns", "name"), [("winner,loser,prompt,split", "csv"), ("file_name,caption,split", "kto"),
+                                               ("file_path,caption,label", "kto"), ("chosen_file_name,rejected_file_name,text,split", "huggingface")])
+def test_a_column_of_parts_does_not_make_a_sheet_another_programs(columns, name, tmp_path):
+    (tmp_path / "a.csv").write_text(columns + "\n")
+    assert guess(tmp_path / "a.csv") == name
+
+
 def test_a_part_that_is_not_there_and_parts_without_training_are_told(parts, tmp_path):
     with pytest.raises(UserError, match=r"no part called 'tst'; did you mean 'test'\? \(it has test, test_unique, train, validation\)"):
         imported(parts, tmp_path, split="tst")

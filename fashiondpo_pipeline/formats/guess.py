@@ -51,5 +51,6 @@ def _of_file(path: Path) -> str | None:
         return None
     if path.suffix == ".csv":
         columns = next(csv.reader([first]), [])
-        return "kto" if {"split", "file_path"} & set(columns) else "huggingface" if any(c.endswith("file_name") for c in columns) else "csv"
+        thumbs = "file_path" in columns or {"file_name", "split"} <= set(columns)  # a column `split` alone may tell parts of a set
+        return "kto" if thumbs else "huggingface" if any(c.endswith("file_name") for c in columns) else "csv"
     return None

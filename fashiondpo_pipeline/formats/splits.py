@@ -47,11 +47,24 @@ def chosen(files: Iterable[Path], root: Path, reading: Reading, rows_of: Callabl
     Raises UserError where there are several parts and it is not clear which is meant, or the one that is asked for is not there.
     """
     parts = {file: split_of(file.relative_to(root)) if file != root else None for file in files}
-    wanted = _wanted({part for part in parts.values() if part}, root, reading.split)
+    wanted = wanted_of({part for part in parts.values() if part}, root, reading.split)
     return _of_parts(parts, root, wanted, reading, rows_of)
 
 
-def _wanted(there: set[str], root: Path, asked: str | None) -> str:
+def unwanted(part: str | None, wanted: str, there: set[str | None]) -> str | None:
+    """Why a part is not read, None where it is. there: the parts that the set has."""
+    whole = (part or "").removesuffix("_unique")
+    if part and wanted not in (ALL, part):
+        return f"of the part '{part}', which was not asked for (--split)"
+    if part is None and wanted not in (ALL, TRAIN):
+        return f"of no part that is known, and '{wanted}' was asked for"
+    if wanted == ALL and part != whole and whole in there:
+        return f"of the part '{part}', which '{whole}' holds too"
+    return None
+
+
+def wanted_of(there: set[str], root: Path, asked: str | None) -> str:
+    """The part that is meant, or "all". Raises UserError where that is not clear, or it is not there."""
     if asked is None or asked == ALL:
         if asked is None and len(there) > 1 and TRAIN not in there:
             raise UserError(f"{root}: it has the parts {', '.join(sorted(there))}, and none is called train: say which with --split NAME, "
@@ -68,13 +81,8 @@ def _of_parts(parts: dict[Path, str | None], root: Path, wanted: str, reading: R
     there = set(parts.values())
     for file, part in parts.items():
         where = file.relative_to(root).as_posix() if file != root else file.name
-        whole = (part or "").removesuffix("_unique")
-        if part and wanted not in (ALL, part):
-            yield where, partial(_left, f"of the part '{part}', which was not asked for (--split)", where, file, rows_of)
-        elif part is None and wanted not in (ALL, TRAIN):
-            yield where, partial(_left, f"of no part that is known, and '{wanted}' was asked for", where, file, rows_of)
-        elif wanted == ALL and part != whole and whole in there:
-            yield where, partial(_left, f"of the part '{part}', which '{whole}' holds too", where, file, rows_of)
+        if reason := unwanted(part, wanted, there):
+            yield where, partial(_left, reason, where, file, rows_of)
         else:
             yield from _counted(rows_of(file), part, reading)
 

@@ -25,10 +25,7 @@ def wilson(wins: int, count: int, z: float = Z) -> tuple[float, float]:
     >>> [round(end, 4) for end in wilson(8, 10)]
     [0.4902, 0.9433]
     """
-    share, spread = wins / count, z * z / count
-    middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return statistics.wilson(wins / count, count, z)
 
 
 def contradicted(pairs: Iterable[tuple[int, int]]) -> int:
@@ -78,6 +75,10 @@ def bias(differences: dict[str, list[float]], seed: int = 0) -> tuple[float, flo
     """
     if len(differences) < FEWEST:
         return float(np.mean([value for found in differences.values() for value in found])), None, None
+    if len(differences) < statistics.FEW:
+        means = np.array([np.mean(found) for found in differences.values()])
+        low, high = statistics.student(means, COVERAGE)  # a bootstrap of so few is too narrow
+        return float(means.mean()), low, high
     most = max(map(len, differences.values()))
     values = np.array([found + [math.nan] * (most - len(found)) for found in differences.values()])  # (g, most)
     return statistics.bootstrap(values, seed, RESAMPLES, COVERAGE)

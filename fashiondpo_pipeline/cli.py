@@ -318,20 +318,24 @@ def list_experts(
 
 @app.command("import")
 def import_pairs(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv, json")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="the file, or the folder it lies in")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="the pair set's folder; default: pairs/NAME here")] = None,
+    columns: Annotated[str | None, typer.Option("--columns", metavar="OURS=THEIRS,...", help="which columns hold what: "
+                                                "winner=preferred,loser=unpreferred,prompt=text")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME|all", help="the part that is read where there are several; "
+                                              "default: train")] = None,
 ) -> None:
     """Make a pair set of another program's preferences; every row left out is counted with its reason. Then: `fdpo finetune --pairs DIR`."""
     from fashiondpo_pipeline.terminal import say
     from stages import exchanging
 
-    exchanging.bring_in(format, path, out, say)
+    exchanging.bring_in(format, path, out, say, columns, split)
 
 
 @app.command("export-pairs")
 def export_pairs(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv, json")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to put them; whole or not at all")],
     round: RoundNumber = None,
     source: Annotated[Path | None, typer.Option("--from", metavar="DIR", help="a pair set, instead of a round's pairs")] = None,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline.registry import OBJECTIVES
-from fashiondpo_pipeline.statistics import percent
+from fashiondpo_pipeline.statistics import FEW, FEWEST, percent, wilson
 
 Level = Literal["note", "warning", "alarm"]
 LEVELS: tuple[Level, ...] = ("alarm", "warning", "note")  # gravest first
@@ -27,6 +27,7 @@ WANTED_MARGIN, MOST_FACTOR = 0.5, 10.0  # the logit that an advised beta aims at
 WIDE_MARGIN = 5.0  # at a logit of 5 a pair has 0.7 % of its first gradient left
 FULL, EARLY = 0.99, 0.5  # share of pairs in their order, and how much of finetuning may pass before that is nothing odd
 PLATEAU = 0.02  # gain of accuracy over the second half below which it taught nothing
+FEW_PAIRS, FEW_STEPS = 10, 10  # pairs to learn from, and optimiser steps, below which a round shows little
 SKIPPED = 0.05  # share of steps without a finite gradient; fp16 skips a few while it finds its scale
 DRIFT = 1.0  # standard deviations of the base's pictures that a meter may move
 Z = 1.96  # of a two-sided interval of 95 %
@@ -172,9 +173,7 @@ def interval(share: float, count: float, z: float = Z) -> tuple[float, float]:
     >>> low, high = interval(0.5, 100); round(low, 3), round(high, 3)
     (0.404, 0.596)
     """
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return middle - reach, middle + reach
+    return wilson(share, count, z)
 
 
 def _not_finite(steps: pa.Table) -> list[Finding]:
@@ -326,6 +325,58 @@ def _plateau(training: _Training) -> list[Finding]:
             return []
     return [Finding("note", f"accuracy stays at {100 * then:.0f} % over the second half of finetuning",
                     f"finetune.epochs: {math.ceil(epochs / 2)} would have done, or raise finetune.learning_rate to learn more")]
+
+
+# -- how much there is to go by
+
+
+def of_evidence(pairs: int, steps: pa.Table, evaluated: Mapping | None = None) -> list[Finding]:
+    """Why a round's figures may mean little: few pairs, few optimiser steps, few held-out prompts, a gain that was not learnt.
+
+    pairs: those that were trained on. steps: the table of optimiser steps. evaluated: what `evaluate` found, None before that.
+    """
+    return [*_few_pairs(pairs), *_few_steps(len(steps)), *([] if evaluated is None else [*_few_prompts(evaluated), *_not_learnt(steps, evaluated)])]
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
+def _few_pairs(count: int) -> list[Finding]:
+    if count >= FEW_PAIRS:
+        return []
+    return [Finding("warning", f"only {_counted(count, 'pair')} to learn from: they say what these pictures are, not what is preferred",
+                    f"label or draw at least {FEW_PAIRS}, better hundreds")]
+
+
+def _few_steps(count: int) -> list[Finding]:
+    if count >= FEW_STEPS:
+        return []
+    return [Finding("warning", f"only {_counted(count, 'optimiser step')}: the adapter has hardly moved, and what moved is mostly chance",
+                    "raise finetune.epochs, or lower finetune.groups")]
+
+
+def _few_prompts(evaluated: Mapping) -> list[Finding]:
+    count = evaluated["prompts"]
+    if count >= FEW:
+        return []
+    what = f"only {_counted(count, 'held-out prompt')}: "
+    what += "they say nothing of others" if count < FEWEST else "an interval over so few is wide, and says little"
+    return [Finding("warning", what, f"hold out at least {FEW} (prompts.held_out)")]
+
+
+def _not_learnt(steps: pa.Table, evaluated: Mapping) -> list[Finding]:
+    """A win over the base by a training that did not tell its own pairs apart."""
+    rate, paired = evaluated["against_base"], _with_pairs(steps)
+    if rate["low"] <= 0.5 or not len(paired):
+        return []
+    training = _Training(paired, None, {}, None)
+    if training.learnt:
+        return []
+    what = (f"{evaluated['judge']} prefers the round to the base in {percent(rate)}, but finetuning told its pairs apart no better than chance "
+            f"({100 * training.mean('accuracy'):.1f} %)")
+    return [Finding("warning", what, "what moved is not what the pairs prefer; look at the pictures, and raise finetune.learning_rate or "
+                                     "finetune.epochs")]
 
 
 # -- which rounds please their reward alone

@@ -14,7 +14,7 @@ needed, and never is a zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fashiondpo_pipeline.errors import UserError
@@ -49,6 +49,13 @@ class Evidence:
     wanted: Tensor | None = None  # (n, c, h, w) the target of the prediction
     scale: Tensor | None = None  # (n,) weight of each row's error (min-SNR), 1 where None
     slack: Tensor | None = None  # (p,) share of the loser's gradient that the winner guard lets through, 1 where None
+    share: Tensor | None = None  # (p,) preference for the winner, 0.5 to 1, which the training loop weighs by; 1 where None
+    turned_slack: Tensor | None = None  # (p,) the slack of each pair turned round, where there are shares
+
+    def turned(self) -> Evidence:
+        """The same with every pair turned round."""
+        share = None if self.share is None else 1 - self.share
+        return replace(self, winner=self.loser, loser=self.winner, slack=self.turned_slack, turned_slack=self.slack, share=share)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Objective:
     """A loss, what its values count, what `gain` must be made of, and which other fields of the evidence it reads.
 
     heeds: which of "beta" and the winner guard's "slack" its gradient depends on; a knob that no objective heeds is refused.
+    outright: a pair must have a winner outright; a share of votes is refused.
+    by_order: it reads of scores their order alone, so that a ranking by people does.
     """
 
     loss: Callable[..., tuple[Tensor, Tensor]]
@@ -63,6 +72,8 @@ class Objective:
     signal: Literal["either", "log_prob", "error"] = "either"
     needs: tuple[str, ...] = ()
     heeds: tuple[str, ...] = ("beta",)
+    outright: bool = False
+    by_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -475,10 +486,10 @@ MAPO = Objective(mapo, "pair", "error", needs=("error",), heeds=("slack",))
 DSPO = Objective(dspo, "pair", "error", needs=("prediction", "ref_prediction", "wanted"))
 CAPO = Objective(capo, "pair", needs=("opinions",), heeds=GUARDED)
 ANCHOR = Objective(anchor, "candidate", needs=("prediction", "ref_prediction"), heeds=())
-KTO = Objective(kto, "candidate")
+KTO = Objective(kto, "candidate", outright=True)  # a picture is good or bad to it
 NFT = Objective(nft, "candidate", "error", needs=("score", "prediction", "ref_prediction", "wanted"), heeds=())
-PLACKETT_LUCE = Objective(plackett_luce, "unit", needs=("score",))
-RANKDPO = Objective(rankdpo, "unit", needs=("opinions",))
+PLACKETT_LUCE = Objective(plackett_luce, "unit", needs=("score",), by_order=True)
+RANKDPO = Objective(rankdpo, "unit", needs=("opinions",), by_order=True)
 DGPO = Objective(dgpo, "unit", needs=("score",))
 
 BUILTIN: dict[str, Objective] = {

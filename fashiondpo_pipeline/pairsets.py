@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from fashiondpo_pipeline import schemas
@@ -98,6 +99,25 @@ class PairSet:
         """Rows of `pictures` and `pairs`, and how many of the pairs are `labelled`, and `ties` among them."""
         return self.manifest["counts"]
 
+    @cached_property
+    def shares(self) -> int:
+        """How many labels are shares: neither won outright nor a tie."""
+        return sum(pc.sum(pc.and_(pc.and_(pc.greater(label, 0), pc.less(label, 1)), pc.not_equal(label, 0.5))).as_py() or 0
+                   for label in (table["label"] for table in self.pairs(["label"])))
+
+    @cached_property
+    def rankings(self) -> dict[str, dict[int, float] | None]:
+        """Group -> candidate -> how many others it beat, ties one half, where the group's pairs are a ranking; None where they are none.
+
+        They are where each two of its pictures were compared, nobody contradicts anybody and nobody goes round in a circle. Groups
+        without a winner are not there.
+        """
+        found: dict[str, list[tuple[int, int, float | None]]] = {}
+        for table in self.pairs(["group", "first", "second", "label"]):
+            for row in table.to_pylist():
+                found.setdefault(row["group"], []).append((row["first"], row["second"], row["label"]))
+        return {group: _ranking(rows) for group, rows in found.items() if any(label not in (None, 0.5) for *_, label in rows)}
+
     def pictures(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The pictures, a shard at a time, in the order in which they came."""
         return (read_parquet(file, columns) for file in self._files("pictures"))
@@ -133,6 +153,21 @@ class PairSet:
     @cached_property
     def _shard(self) -> Any:
         return lru_cache(2)(lambda number: read_parquet(self._files("pictures")[number]))
+
+
+def _ranking(rows: list[tuple[int, int, float | None]]) -> dict[int, float] | None:
+    said: dict[tuple[int, int], float] = {}
+    for first, second, label in rows:
+        if label not in (0.0, 0.5, 1.0) or first == second or said.setdefault((first, second), label) != label:
+            return None
+        if said.setdefault((second, first), 1 - label) != 1 - label:
+            return None
+    beaten: Counter[int] = Counter()
+    for (first, _), label in said.items():
+        beaten[first] += label  # type: ignore[assignment]  # ties count one half
+    whole = len(said) == len(beaten) * (len(beaten) - 1)
+    agrees = all((beaten[a] > beaten[b]) - (beaten[a] < beaten[b]) == 2 * label - 1 for (a, b), label in said.items())
+    return dict(beaten) if whole and agrees else None
 
 
 class Numbers:
@@ -227,7 +262,8 @@ def in_words(pairs: PairSet) -> str:
     text = f"{counts['pictures']:,} pictures, {counts['pairs']:,} pairs"
     if counts["pairs"]:
         won, bare = counts["labelled"] - counts["ties"], counts["pairs"] - counts["labelled"]
-        text += f" ({won:,} with a winner, {counts['ties']:,} ties, {bare:,} not labelled)"
+        shared = f", {pairs.shares:,} of them by a share of votes" if pairs.shares else ""
+        text += f" ({won:,} with a winner{shared}, {counts['ties']:,} ties, {bare:,} not labelled)"
     if dropped:
         text += f"; {sum(dropped.values()):,} rows left out: " + ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
     return text

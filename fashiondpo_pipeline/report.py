@@ -4,6 +4,7 @@ Nothing here reads a disk or loads a model: `stages/report.py` gathers a `Record
 """
 
 import base64
+import inspect
 import io
 import re
 from collections.abc import Sequence
@@ -25,11 +26,11 @@ from fashiondpo_pipeline.diagnosis import Finding
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.grid import Chooser, Grid
 from fashiondpo_pipeline.preferences import Rule
+from fashiondpo_pipeline.registry import EXPERTS
 from fashiondpo_pipeline.seeds import key
 
 DIVERSITY_FLOOR = 0.9  # of the base's
 MISSING = 0.02  # share of pictures without a score
-FEW_PROMPTS = 20  # below, an interval over prompts says little
 THUMBNAIL, PIXELS = 256, 96  # longest side in the page; up to PIXELS a picture is shown as the pixels it has
 RESAMPLES = 1000  # for the intervals of means, which only a chart shows
 
@@ -238,6 +239,17 @@ def judge_in_words(record: Record) -> str:
     return "the judge" if record.judge == "judge" else f"the judge ({record.judge})"
 
 
+def judges_number(record: Record) -> str:
+    """What the judge's score is, as a sentence: the first line of its kind's description; '' where that is not this package's to say."""
+    entry = record.config.experts.get(record.judge)
+    if entry is None:
+        return "Its score is the rewarded experts' weighted mean, in standard deviations." if record.judge == "mix" else ""
+    if entry.use not in EXPERTS.names():
+        return ""
+    about = (inspect.getdoc(EXPERTS.find(entry.use)) or "").partition("\n")[0].rstrip(".")
+    return f"Its score: {about}; higher is better." if about else ""
+
+
 def headline(record: Record) -> tuple[str, str]:
     """(good, bad or open; the result in a few words)."""
     rate = record.last.numbers["against_base"]
@@ -296,7 +308,7 @@ def described(finding: Finding) -> str:
 def warnings(record: Record) -> list[str]:
     """Everything that looks off, in plain words; empty where nothing does."""
     checks = (_control, _judge_is_rewarded, _reward_without_gain, _step_back, _narrower, _pairs_against_watched, _training,
-              _silence, _groups_without, _reliability, _few_prompts)
+              _silence, _groups_without, _reliability, _little_evidence)
     return [sentence for check in checks for sentence in check(record)]
 
 
@@ -407,9 +419,9 @@ def _in_brackets(e: dict) -> str:
     return f" ({known})" if known else ""
 
 
-def _few_prompts(record: Record) -> list[str]:
-    count = record.last.numbers["prompts"]
-    return [f"Only {_count(count, 'held-out prompt')}: an interval over so few says little."] if count < FEW_PROMPTS else []
+def _little_evidence(record: Record) -> list[str]:
+    last = record.last
+    return [described(finding) for finding in diagnosis.of_evidence(len(last.pairs), last.steps, last.numbers)]
 
 
 # -- which pictures to show
@@ -640,9 +652,9 @@ def agreement(done: Round) -> tuple[list[str], list[list[float]]]:
 # -- the page
 
 
-def render(**parts: object) -> str:
-    """The page as text. Everything that is not made by this package (prompts, reasons, names) is escaped."""
+def render(page: str = "report.html.j2", **parts: object) -> str:
+    """A page as text. Everything that is not made by this package (prompts, reasons, names) is escaped."""
     pages = Environment(loader=PackageLoader("fashiondpo_pipeline"), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)
     pages.filters.update(figure=figure, fixed=fixed, signed=signed, duration=duration)
-    return pages.get_template("report.html.j2").render(parts)
+    return pages.get_template(page).render(parts)

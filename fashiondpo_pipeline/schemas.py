@@ -96,6 +96,10 @@ def pairs(experts: list[str]) -> pa.Schema:
     )
 
 
+SHARED_PAIRS = pairs([]).append(
+    pa.field("share", pa.float64(), metadata={"about": "preference for the winner, above 0.5: 1 outright, else the share that chose it"})
+)  # of imported sets in which a label is a share
+
 REJECTS = _schema(_GROUP, ("reason", pa.string(), "why the group gave no pair"), about="one row is one group without a pair")
 
 PICTURES = _schema(

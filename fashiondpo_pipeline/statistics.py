@@ -1,5 +1,8 @@
 """Win rates, intervals and diversity: the figures a result is judged by. Pure numpy."""
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 
 from fashiondpo_pipeline import pixels
@@ -28,6 +31,57 @@ def bootstrap(values: np.ndarray, seed: int, resamples: int, coverage: float) ->
         means = total[rows].sum(1) / count[rows].sum(1)
     low, high = np.nanquantile(means, [(1 - coverage) / 2, (1 + coverage) / 2])
     return float(total.sum() / count.sum()), float(low), float(high)
+
+
+FEW, FEWEST = 20, 5  # prompts below which a bootstrap's interval is too narrow, and below which none means anything
+
+
+def interval(values: np.ndarray, seed: int, resamples: int, coverage: float) -> tuple[float, float, float]:
+    """(mean, low, high) of wins (g, k), each 0..1, g prompts of which some may be NaN; all three NaN where there is no value.
+
+    From FEW prompts on `bootstrap`. Of fewer, whatever holds both Student's interval of the prompts' means and Wilson's of their share,
+    counted as so many independent pictures as the likeness within prompts leaves: a bootstrap of five prompts that all agree has no
+    width at all. Of fewer than FEWEST prompts it is all of 0..1: nothing can be said.
+    """
+    mean, low, high = bootstrap(values, seed, resamples, coverage)
+    known = np.isfinite(values)
+    prompts = np.array([row[there].mean() for row, there in zip(values, known, strict=True) if there.any()])
+    if not len(prompts) or len(prompts) >= FEW:
+        return mean, low, high
+    if len(prompts) < FEWEST:
+        return mean, 0.0, 1.0
+    each = known.sum() / len(prompts)  # pictures a prompt
+    alike, most = prompts.var(ddof=1), mean * (1 - mean)
+    effect = float(np.clip(each * alike / most, 1, each)) if most > 0 else each  # how many pictures count as one
+    ends = [*student(prompts, coverage), *wilson(mean, known.sum() / effect, NormalDist().inv_cdf((1 + coverage) / 2))]
+    return mean, float(max(min(ends), 0.0)), float(min(max(ends), 1.0))
+
+
+def student(values: np.ndarray, coverage: float) -> tuple[float, float]:
+    """Student's interval (1908) of a mean of independent values (n,), five or more of them.
+
+    The quantile is Cornish and Fisher's expansion about the normal one, right to 0.002 from four degrees of freedom on.
+
+    >>> [round(end, 2) for end in student(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), 0.95)]
+    [1.04, 4.96]
+    """
+    z, n = NormalDist().inv_cdf((1 + coverage) / 2), len(values) - 1
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    last = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160
+    quantile = z + sum(term / n**power for power, term in enumerate((*terms, last), 1))
+    reach = quantile * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()) - reach, float(values.mean()) + reach
+
+
+def wilson(share: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """(low, high) of a share seen in so many trials.  Wilson 1927.
+
+    >>> [round(end, 3) for end in wilson(0.5, 100)]
+    [0.404, 0.596]
+    """
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return middle - reach, middle + reach
 
 
 def percent(rate: dict) -> str:

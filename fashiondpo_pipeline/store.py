@@ -238,13 +238,16 @@ class Store:
         scale = {signal: torch.from_numpy(weights[batch.columns]).to(self.device) for signal, weights in self._scale.items()}
         if self.fresh and self.knobs.min_snr is not None:
             scale["error"] = diffusion.min_snr_weight(self.schedule, spot.t, self.knobs.min_snr).to(self.device)
-        slack = None
+        slack = turned = None
         if self.knobs.guard is not None:
             slack = winner_guard(predictions[-1].float(), spot.wanted, winner, loser, self.knobs.guard)
+            if batch.share is not None:
+                turned = winner_guard(predictions[-1].float(), spot.wanted, loser, winner, self.knobs.guard)
         common: dict[str, Any] = {
             "winner": winner, "loser": loser, "unit": unit, "error": own["error"], "ref_error": reference["error"],
             "prediction": predictions[-1].float(), "ref_prediction": reference.get("prediction"), "wanted": spot.wanted,
-            "scale": scale.get("error"), "slack": slack, **scores,
+            "scale": scale.get("error"), "slack": slack, "turned_slack": turned,
+            "share": None if batch.share is None else batch.share.to(self.device), **scores,
         }
         gains = {"log_prob": lambda: (own["log_prob"] - reference["log_prob"]) * scale["log_prob"],
                  "error": lambda: (reference["error"] - own["error"]) / 2 * scale["error"]}

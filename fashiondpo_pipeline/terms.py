@@ -8,6 +8,7 @@ from fashiondpo_pipeline.config import Finetune, Sample
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.objectives import BUILTIN, Evidence, Objective, Term, signals_of
+from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.registry import OBJECTIVES, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,8 +57,11 @@ def check_fits_candidates(knobs: Finetune, sample: Sample, asked_twice: bool) ->
                             "set sample.path to true, use diffusion_dpo, or set finetune.signal to error")
 
 
-def check_fits_pictures(knobs: Finetune) -> None:
-    """Raises UserError for what needs more than pictures and who won: where a sampler stepped, experts' scores, or asking them twice."""
+def check_fits_pictures(knobs: Finetune, pairs: PairSet | None = None) -> None:
+    """Raises UserError for what needs more than pictures and who won: where a sampler stepped, experts' scores, or asking them twice.
+
+    pairs: what it is to be trained on, None before it is known: some objectives can make nothing of shares of votes, some need rankings.
+    """
     if knobs.replay:
         raise UserError("finetune.replay mixes earlier rounds' candidates in, which were saved with their steps, and imported pictures were not: "
                         "set it to 0")
@@ -66,12 +70,19 @@ def check_fits_pictures(knobs: Finetune) -> None:
                         "of them: give it a number, such as 0.1")
     terms = terms_of(knobs.model_copy(update={"noise": "tracked"}))  # that it is fresh needs no heed here
     for name, term in zip([knobs.objective] if isinstance(knobs.objective, str) else knobs.objective, terms, strict=True):
-        lacks = "experts' scores" if {"score", "opinions"} & set(term.objective.needs) else None
+        lacks = "experts' scores" if {"score", "opinions"} & set(term.objective.needs) and not term.objective.by_order else None
         if signals_of([term], knobs.signal) != ["error"]:
             lacks = "the steps that a sampler took"
+        if pairs is not None and pairs.shares and term.objective.outright:
+            raise UserError(f"finetune.objective {name} takes a picture as good or bad, and labels of these pairs are shares of votes: "
+                            "use an objective of pairs, such as diffusion_dpo, which weighs by them")
+        if pairs is not None and term.objective.by_order and not lacks and (loose := sum(one is None for one in pairs.rankings.values())):
+            raise UserError(f"finetune.objective {name} needs a ranking of each prompt's pictures, and of {loose:,} of {len(pairs.rankings):,} "
+                            "prompts the pairs are none (each two compared once, without shares or contradictions): use an objective of pairs, "
+                            "such as diffusion_dpo")
         if lacks:
             fit = {name: OBJECTIVES.find(name) for name in OBJECTIVES if not name.startswith("_")}
-            fit = {name: o for name, o in fit.items() if o.signal != "log_prob" and not {"score", "opinions"} & set(o.needs)}
+            fit = {name: o for name, o in fit.items() if o.signal != "log_prob" and (o.by_order or not {"score", "opinions"} & set(o.needs))}
             plain = ", ".join(sorted(name for name, o in fit.items() if o.signal == "error"))
             either = ", ".join(sorted(name for name, o in fit.items() if o.signal == "either"))
             raise UserError(f"finetune.objective {name} needs {lacks}, which imported pictures do not have: use {plain}, "

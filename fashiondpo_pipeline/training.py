@@ -19,12 +19,16 @@ from fashiondpo_pipeline.objectives import Evidence, Objective, Term
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt's pairs: rows (k,) into the candidate store, winner and loser (p,) into `rows`."""
+    """One prompt's pairs: rows (k,) into the candidate store, winner and loser (p,) into `rows`.
+
+    share (p,): preference for each winner, 0.5 to 1; None where all won outright.
+    """
 
     name: str
     rows: np.ndarray
     winner: np.ndarray
     loser: np.ndarray
+    share: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Batch:
     """n rows for the denoiser and the p pairs among them.
 
     rows, columns (n,): place in the store. unit (n,): number of the unit. winner, loser (p,): into 0..n-1.
+    share (p,): preference for each winner, None where all won outright.
     """
 
     rows: np.ndarray
@@ -47,6 +52,7 @@ class Batch:
     unit: Tensor
     winner: Tensor
     loser: Tensor
+    share: Tensor | None = None
 
     @classmethod
     def of(cls, units: list[Unit]) -> "Batch":
@@ -57,7 +63,14 @@ class Batch:
             torch.from_numpy(np.repeat(np.arange(len(units)), [len(unit.group.rows) for unit in units])),
             torch.from_numpy(np.concatenate([unit.group.winner + start for unit, start in zip(units, starts, strict=True)])),
             torch.from_numpy(np.concatenate([unit.group.loser + start for unit, start in zip(units, starts, strict=True)])),
+            _shares([unit.group for unit in units]),
         )
+
+
+def _shares(groups: list[Group]) -> Tensor | None:
+    if all(group.share is None for group in groups):
+        return None
+    return torch.from_numpy(np.concatenate([np.ones(len(group.winner)) if group.share is None else group.share for group in groups]))
 
 
 def schedule_of(
@@ -227,10 +240,23 @@ def total_loss(terms: list[Term], evidence: dict[str, Evidence], beta: float, to
     value, margins = torch.zeros((), dtype=torch.float64), []
     for term in terms:
         own = evidence[signal_of(term.objective, evidence)]
-        values, margin = term.objective.loss(own, beta=beta, **term.options)
+        values, margin = _expected(term, own, beta)
         value = value.to(values.device) + term.weight * values.sum() / max(totals[term.objective.per], 1)
         margins.append(margin)
     return value, margins[0]
+
+
+def _expected(term: Term, evidence: Evidence, beta: float) -> tuple[Tensor, Tensor]:
+    """A term's values and margin. Where a share p of people chose a pair's winner, p of its value and 1 - p of that of the pair turned round.
+
+    That is the mean over the people's own labels, whatever the loss of a pair is.
+    """
+    values, margin = term.objective.loss(evidence, beta=beta, **term.options)
+    if evidence.share is None or term.objective.per != "pair":
+        return values, margin
+    turned, _ = term.objective.loss(evidence.turned(), beta=beta, **term.options)
+    share = evidence.share.to(values.dtype)
+    return share * values + (1 - share) * turned, margin
 
 
 def out_of_memory(problem: BaseException) -> bool:

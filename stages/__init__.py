@@ -29,6 +29,7 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
+from fashiondpo_pipeline.statistics import FEW
 from fashiondpo_pipeline.terms import check_fits_candidates, check_fits_pictures
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_json
 from stages.naming import written
@@ -423,13 +424,13 @@ class _Builder:
         """A round without a sampler: the pictures and pairs of an imported set, fresh noise on them."""
         mine = self.config.of_round(number)
         s, knobs = mine.sample, mine.finetune.model_copy(update={"noise": "fresh"})
-        check_fits_pictures(knobs)
+        check_fits_pictures(knobs, pairs)
         files, args = {"pairs": pairs.identity}, {"pairs": pairs.folder}
         encode = Step("encode", "encode-pairs", number, VERSIONS["encode"], {"negative": "", **self.generator}, {},
                       {"text": self.session.source.text_identity(), **files}, args, implied=True)
         latents = Step("latents", "latents", number, VERSIONS["latents"], {"height": s.height, "width": s.width}, {},
                        {"generator": self.session.generator_identity, **files}, args)
-        pair = Step("adopt", "pair", number, VERSIONS["adopt"], {}, {}, files, args)
+        pair = Step("adopt", "pair", number, VERSIONS["adopt"], {"shares": True} if pairs.shares else {}, {}, files, args)
         sampled = {"steps": s.steps, "guidance": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "eta": 0.0, "negative": ""}
         adapter = before.finetune if isinstance(before, Round) else None
         inputs = {"encode": encode, "sample": latents, "pair": pair, **({"adapter": adapter} if adapter else {})}
@@ -550,6 +551,8 @@ class _Builder:
         e = self.config.evaluate
         config = {"judge": e.judge, "bootstrap": e.bootstrap, "interval": e.interval, "seed": self.config.seed,
                   "weights": section.weights, "experts": self.held_out_experts}
+        if len(self.session.prompts[HELD_OUT]) < FEW:
+            config["few"] = True  # such intervals were too narrow once: those results are not these
         for role, r in (("base", base), ("before", before), ("after", after)):
             inputs = inputs | {role: r.held_out}
             inputs |= {f"{role}-embed-{i}": step for i, step in enumerate(r.held_out_embeddings.values())}

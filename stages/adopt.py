@@ -19,6 +19,7 @@ def run(session, step: Step, out: Output) -> None:
         session.say(f"round {step.round} pairs: {line}")
     reasons: dict[str, str | None] = {}  # of each group: why it gives no pair; None where it gives one
     counts: Counter[str] = Counter(pairs=0, ties=0, unlabelled=0, dangling=0)
+    shared, schema = step.config.get("shares", False), schemas.SHARED_PAIRS if step.config.get("shares") else schemas.pairs([])
     for shard, table in enumerate(pairs.pairs(["group", "first", "second", "label", "gap"])):
         rows = []
         for row in table.to_pylist():
@@ -26,22 +27,22 @@ def run(session, step: Step, out: Output) -> None:
             kind = "dangling" if not there else "unlabelled" if row["label"] is None else "ties" if row["label"] == 0.5 else "pairs"
             counts[kind] += 1
             if kind == "pairs":
-                rows.append(_pair(row))
+                rows.append(_pair(row) | ({"share": max(row["label"], 1 - row["label"])} if shared else {}))
             else:
                 reasons.setdefault(row["group"], "all its pairs are ties, not labelled, or of pictures that are not there")
         reasons.update(dict.fromkeys((row["group"] for row in rows), None))
-        out.write(shard, pairs=pa.Table.from_pylist(rows, schemas.pairs([])), rejects=schemas.REJECTS.empty_table())
+        out.write(shard, pairs=pa.Table.from_pylist(rows, schema), rejects=schemas.REJECTS.empty_table())
     if not counts["pairs"]:
         raise UserError(f"{pairs.folder}: no pair in it has a winner ({counts['ties']:,} ties, {counts['unlabelled']:,} not labelled, "
                         f"{counts['dangling']:,} of pictures that are not there): label some")
     rejects = [{"group": group, "reason": reason} for group, reason in reasons.items() if reason]
-    out.write(len(out.shards("pairs")), pairs=schemas.pairs([]).empty_table(), rejects=pa.Table.from_pylist(rejects, schemas.REJECTS))
+    out.write(len(out.shards("pairs")), pairs=schema.empty_table(), rejects=pa.Table.from_pylist(rejects, schemas.REJECTS))
     out.finish({**counts, "groups": len(reasons), "rejected": len(rejects), "mean_margin": None, "checks": found,
                 "set": str(pairs.folder)})
 
 
 def _pair(row: dict) -> dict:
-    """Winner and loser; a share above one half is a win."""
+    """Winner and loser; the winner of a share is the picture that more chose."""
     won = row["label"] > 0.5
     winner, loser = (row["first"], row["second"]) if won else (row["second"], row["first"])
     return {"group": row["group"], "winner": winner, "loser": loser, "winner_score": None, "loser_score": None, "margin": row["gap"]}

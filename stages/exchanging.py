@@ -7,8 +7,10 @@ from pathlib import Path
 
 from fashiondpo_pipeline import checks, formats, pairsets, seeds
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.formats import meaning
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import TRAIN, Prompts, read
+from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.workspace import Output, Step, write_json
 from stages import VERSIONS, Session
 from stages.naming import written
@@ -45,15 +47,21 @@ def _pairs(paired: Output) -> Iterator[dict]:
             yield {"group": row["group"], "first": first, "second": second, "label": float(not swap), "gap": row["margin"]}
 
 
-def bring_in(name: str, path: Path, folder: Path | None, say: Callable[[str], None]) -> PairSet:
-    """`fdpo import`: other programs' files as a pair set, with what was left out and what the checks say."""
+def bring_in(name: str, path: Path, folder: Path | None, say: Callable[[str], None], columns: str | None = None,
+             split: str | None = None) -> PairSet:
+    """`fdpo import`: other programs' files as a pair set, with what was left out and what the checks say.
+
+    columns: OURS=THEIRS with commas between. split: the part that is read, "all", or None for the training part.
+    """
     folder = folder or Path("pairs") / path.stem
-    pairs = formats.read(name, path, folder)
+    pairs = formats.read(name, path, folder, columns_of(columns), split)
     found = checks.check(pairs)
     write_json(folder / "checks.json", found)
     say(pairsets.in_words(pairs))
     if pairs.manifest["dropped"]:
         say(f"every row left out, and why: {folder / 'dropped.jsonl'}")
+    for line in formats.notes(pairs):
+        say(line)
     for line in checks.sentences(found):
         say(line)
     print(folder)
@@ -61,6 +69,28 @@ def bring_in(name: str, path: Path, folder: Path | None, say: Callable[[str], No
     finetune = written(["finetune", "--pairs", folder, "--set", "finetune.objective=diffusion_dpo"])
     say(f"next: {finetune}" if labelled else f"next: {written(['studio', folder])}, to label them")
     return pairs
+
+
+def columns_of(text: str | None) -> dict[str, str]:
+    """What --columns says, as our name -> the files'. Raises UserError with everything that is wrong with it.
+
+    >>> columns_of("winner=preferred, loser=unpreferred")
+    {'winner': 'preferred', 'loser': 'unpreferred'}
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for part in filter(None, map(str.strip, (text or "").split(","))):
+        ours, equals, theirs = (word.strip() for word in part.partition("="))
+        if not equals or not ours or not theirs:
+            problems.append(f"--columns: '{part}' is not OURS=THEIRS, as in winner=preferred")
+        elif ours not in meaning.ROLES:
+            problems.append(f"--columns: there is no column called '{ours}' here; {did_you_mean(ours, list(meaning.ROLES))}")
+        elif ours in found or theirs in found.values():
+            problems.append(f"--columns: '{part}' says of a column what was said before")
+        found[ours] = theirs
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
 
 
 def take_out(name: str, folder: Path, session: Callable[[], Session], number: int | None, pairs: str | None, source: Path | None,

@@ -1,35 +1,77 @@
-"""One page on a round of imported pairs: what they are, what was left out, what the checks say, how training and evaluation went."""
+"""One page on a round of imported pairs: what they are and look like, what was left out, what the checks say, how training and evaluation went."""
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import pyarrow as pa
 
-from fashiondpo_pipeline import checks, diagnosis, pairsets
+from fashiondpo_pipeline import checks, diagnosis, formats, pairsets, report, seeds
+from fashiondpo_pipeline.grid import Grid
 from fashiondpo_pipeline.pairsets import PairSet
-from fashiondpo_pipeline.statistics import percent
-from fashiondpo_pipeline.workspace import replace_text
+from fashiondpo_pipeline.preferences import Rule
+from fashiondpo_pipeline.report import Record, thumbnail
+from fashiondpo_pipeline.workspace import Output, replace_text
 from stages import Round, Session
 from stages.encode import sampled_of
+from stages.report import grid_of, thumbnails
 
 
 def write(session: Session, r: Round) -> Path:
     """`imported-ID.html` in the run's folder, of what is done of the round; the page's path."""
     pairs, finetune = PairSet.open(r.pair.args["pairs"]), session.output(r.finetune)
-    found, numbers = session.output(r.pair).manifest["numbers"]["checks"], finetune.manifest["numbers"]
-    findings = diagnosis.of_training(finetune.table("steps"), finetune.table("columns"), r.finetune.config, sampled_of(r.finetune)["steps"])
-    parts = [("Training", [("objective", numbers["objective"]), ("pairs", f"{numbers['pairs']:,}"), ("steps", f"{numbers['steps']:,}"),
-                           ("loss, first and last step", f"{numbers['first_loss']:.4f}, {numbers['last_loss']:.4f}"),
-                           ("accuracy at the end", f"{100 * numbers['last_accuracy']:.1f} %")])]
-    if session.run.done(r.evaluate):
-        evaluated = session.output(r.evaluate).manifest["numbers"]
-        rows = [(f"{name} prefers it to the base", percent(one["against_base"])) for name, one in evaluated["experts"].items()]
-        parts.append((f"Held-out prompts, same seeds (judge: {evaluated['judge']})", rows))
-    pages = Environment(loader=PackageLoader("fashiondpo_pipeline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    text = pages.get_template("imported.html.j2").render(
-        title=f"Imported pairs, round {r.number} of {session.config.name}", source=pairs.manifest.get("source", ""), counts=pairsets.in_words(pairs),
-        dropped=pairs.manifest.get("dropped", {}), checks=checks.sentences(found), bias=found["bias"], looked=found.get("looked", 0), parts=parts,
-        findings=[f"{one.level}: {one.sentence}" for one in findings],
+    found = session.output(r.pair).manifest["numbers"]["checks"]
+    evaluated = session.output(r.evaluate).manifest["numbers"] if session.run.done(r.evaluate) else None
+    record = _record(session, r, finetune, evaluated)
+    manifest = pairs.manifest
+    text = report.render(
+        "imported.html.j2", record=record, report=report, evaluated=evaluated, title=f"Imported pairs, round {r.number} of {session.config.name}",
+        source=manifest.get("source", ""), counts=pairsets.in_words(pairs), dropped=manifest.get("dropped", {}), notes=formats.notes(pairs),
+        checks=checks.sentences(found), bias=found["bias"], looked=found.get("looked", 0), trained=finetune.manifest["numbers"],
+        cautions=[report.described(one) for one in diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], record.last.steps, evaluated)],
+        cards=_cards(pairs, record.last.pairs, session.config.report.pairs), **_looks(session, r, record, evaluated),
     )
     path = session.run.root / f"imported-{r.finetune.fingerprint}.html"
     replace_text(path, text)
     return path
+
+
+def _record(session: Session, r: Round, finetune: Output, evaluated: dict | None) -> Record:
+    """What the report's parts are made from: as of a round of one's own, but for candidates and their scores, which there are none of."""
+    section, out = session.config.pair, session.output(r.pair)
+    base = held_out = Grid(pa.array([], pa.string()), {})
+    if evaluated is not None:
+        inputs = r.evaluate.inputs
+        base = grid_of(session, inputs["base"], {name: inputs[f"base-score-{name}"] for name in r.held_out_scores})
+        held_out = grid_of(session, r.held_out, r.held_out_scores)
+    weights = section.weights if evaluated is not None and evaluated["judge"] == "mix" else {}  # nobody of them made these pairs
+    numbers = finetune.manifest["numbers"]
+    done = report.Round(
+        r.number, r.before, evaluated or {}, held_out, held_out, Rule(**section.model_dump() | {"weights": weights}),
+        out.table("pairs").combine_chunks(), out.manifest["numbers"], finetune.table("steps"),
+        finetune.table("columns") if finetune.shards("columns") else None,
+        r.finetune.config | {name: numbers[name] for name in ("signals", "heeds") if name in numbers}, sampled_of(r.finetune)["steps"],
+    )
+    return Record(session.config, base, [done], [])
+
+
+def _cards(pairs: PairSet, table: pa.Table, most: int) -> list[dict]:
+    """Some pairs with their pictures, drawn by key, in the set's order."""
+    rows = table.to_pylist()
+    chosen = sorted(range(len(rows)), key=lambda n: seeds.key("shown", rows[n]["group"], rows[n]["winner"], rows[n]["loser"]))[:most]
+    cards = []
+    for row in (rows[n] for n in sorted(chosen)):
+        shown = {role: pairs.picture(row["group"], row[role]) for role in ("winner", "loser")}
+        sides = [{"role": role, "picture": thumbnail(one["picture"]["bytes"], f"{row['group']}/{row[role]}")} for role, one in shown.items()]
+        cards.append({"prompt": shown["winner"]["prompt"], "sides": sides, "share": row.get("share"), "gap": row["margin"]})
+    return cards
+
+
+def _looks(session: Session, r: Round, record: Record, evaluated: dict | None) -> dict:
+    """The held-out prompts that are shown before and after; none before there is an evaluation."""
+    if evaluated is None:
+        return {"rows": [], "grids": []}
+    rows, names = report.chosen_prompts(record), record.base.groups.to_pylist()
+    prompts: dict[str, str] = {}
+    wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
+    # the page numbers its draws: 0 is the base, 1 the only round that is shown
+    draws = {number: thumbnails(session.output(step), wanted, prompts) for number, step in ((0, r.evaluate.inputs["base"]), (1, r.held_out))}
+    return {"rows": rows, "grids": report.before_and_after(record, rows, prompts, draws)}

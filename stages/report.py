@@ -34,7 +34,7 @@ def read(session: Session, chain: Chain) -> Record:
     """What the report's figures are made from."""
     base, *rounds = chain.rounds
     return Record(
-        session.config, _grid(session, base.held_out, base.held_out_scores), [_round(session, r) for r in rounds],
+        session.config, grid_of(session, base.held_out, base.held_out_scores), [_round(session, r) for r in rounds],
         [missing for step in chain.steps if step.stage == "score" for missing in _missing(session.output(step), step)],
     )
 
@@ -46,14 +46,15 @@ def _round(session: Session, r) -> Round:
     columns = ["group", "winner", "loser", "winner_score", "loser_score", "margin"]
     return Round(
         r.number, r.before, session.output(r.evaluate).manifest["numbers"],
-        _grid(session, r.held_out, r.held_out_scores), _grid(session, r.sample, r.scores),
+        grid_of(session, r.held_out, r.held_out_scores), grid_of(session, r.sample, r.scores),
         Rule(**rule), pair.table("pairs", columns).combine_chunks(), pair.manifest["numbers"],
         finetune.table("steps"), finetune.table("columns") if finetune.shards("columns") else None,
         r.finetune.config | noted, r.sample.config["steps"],
     )
 
 
-def _grid(session: Session, sample: Step, scores: dict[str, Step]) -> Grid:
+def grid_of(session: Session, sample: Step, scores: dict[str, Step]) -> Grid:
+    """The scores of one draw's pictures."""
     tables = {name: session.output(step).table("scores", ["group", "candidate", "score"]) for name, step in scores.items()}
     return Grid.of(session.output(sample).table("candidates", ["group", "candidate"]), tables)
 
@@ -79,12 +80,12 @@ def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     draws: dict[int, Any] = {}
     prompts: dict[str, str] = {}
     for number in (0, *(r.number for r in record.shown)):
-        draws[number] = _thumbnails(session.output(chain.rounds[number].held_out), wanted, prompts)
+        draws[number] = thumbnails(session.output(chain.rounds[number].held_out), wanted, prompts)
 
     widest, narrowest = report.chosen_pairs(record.last, record.config.report.pairs)
     pairs = record.last.pairs.take(widest + narrowest).to_pylist()
     wanted = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
-    candidates = _thumbnails(session.output(chain.rounds[-1].sample), wanted, prompts)
+    candidates = thumbnails(session.output(chain.rounds[-1].sample), wanted, prompts)
     return {
         "rows": rows, "grids": report.before_and_after(record, rows, prompts, draws),
         "widest": report.pair_cards(record, widest, prompts, candidates),
@@ -92,7 +93,7 @@ def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     }
 
 
-def _thumbnails(out: Output, wanted: set[tuple[str, int]], prompts: dict[str, str]) -> Pictures:
+def thumbnails(out: Output, wanted: set[tuple[str, int]], prompts: dict[str, str]) -> Pictures:
     """The wanted pictures, small; what was asked for is noted in `prompts`."""
     found = _read_pictures(out, wanted)
     prompts.update({group: prompt for (group, _), (_, prompt) in found.items()})

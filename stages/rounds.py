@@ -37,13 +37,17 @@ def run(session: Session, n: int | None) -> None:
     compare(session, chain)
     found = {r.number: session.output(r.evaluate).manifest["numbers"] for r in chain.rounds[1:]}
     judge, drift = session.config.evaluate.judge or "mix", session.config.evaluate.drift
+    last = session.output(chain.rounds[-1].finetune)
+    for finding in diagnosis.of_evidence(last.manifest["numbers"]["pairs"], last.table("steps"), found[n]):
+        session.say(f"{finding.level}  {finding.sentence}")
     for alarm in diagnosis.of_rounds(found, drift):
         session.say(f"alarm    {alarm.sentence}")
     session.say(diagnosis.best_in_words(found, judge, drift))
     kept = session.kept(chain)
     session.say(f"report   {path}")
     session.say(f"adapter  {session.run.root / chain.rounds[kept].finetune.folder / 'adapter'}" if kept else "adapter  none, as the base is kept")
-    session.say(f"next: {session.command('generate', session.prompts['held-out'].rows[0]['prompt'], '--round', kept)}")
+    best = diagnosis.best_round(found, judge, drift)  # what is offered is what was just said to be the one to keep
+    session.say(f"next: {session.command('generate', session.prompts['held-out'].rows[0]['prompt'], '--round', best)}")
 
 
 def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:

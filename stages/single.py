@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fashiondpo_pipeline import pairsets
+from fashiondpo_pipeline import diagnosis, pairsets
 from fashiondpo_pipeline.config import OfRound, Pair, may_differ
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import fingerprint
@@ -56,7 +56,10 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     if not ran:
         session.say(f"round {number} {stage}: done already, nothing to do")
     elif stage == "evaluate":
-        session.say(f"round {number}: {in_words(session.output(steps[-1]).manifest['numbers'], r.before)}")
+        numbers, finetune = session.output(steps[-1]).manifest["numbers"], session.output(chain.rounds[number].finetune)
+        session.say(f"round {number}: {in_words(numbers, r.before)}")
+        for finding in diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], finetune.table("steps"), numbers):
+            session.say(f"round {number}: {finding.level}: {finding.sentence}")
     else:
         numbers = session.output(steps[-1]).manifest["numbers"] if stage == "pair" else {}
         made = f"{numbers['pairs']:,} pairs, {numbers['rejected']} groups without · " if numbers else ""
@@ -168,7 +171,7 @@ def _imported(session: Session, pairs: str) -> PairSet:
     path = Path(pairs)
     if (path / "manifest.json").is_file():
         return PairSet.open(path)
-    from fashiondpo_pipeline.formats import guess, read  # here, as most commands import nothing
+    from fashiondpo_pipeline.formats import guess, notes, read  # here, as most commands import nothing
 
     if not path.exists():
         raise UserError(f"--pairs: there is no {path}, nor does an id look like that: name a pair set, files to import, or the id of "
@@ -182,6 +185,8 @@ def _imported(session: Session, pairs: str) -> PairSet:
     check_fits_pictures(session.config.finetune)  # before the import, which may take hours
     found = read(name, path, folder)
     session.say(f"imported {path} as {name}: {pairsets.in_words(found)}")
+    for line in notes(found):
+        session.say(line)
     return found
 
 

@@ -10,6 +10,7 @@ from fashiondpo_pipeline import seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.grid import Chooser
 from fashiondpo_pipeline.objectives import signals_of
+from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.store import Store
 from fashiondpo_pipeline.training import Batch, Group, Term
@@ -22,12 +23,14 @@ from stages.encode import guidance_of, prompts_of, sampled_of
 class Members:
     """One group: candidate numbers in rising order, its pairs as such numbers, and what the experts say of each member.
 
+    share (p,): preference for each winner, None where all won outright.
     score (n,): normalised; opinions (n, m): logits; NaN where missing, no columns where no objective reads them.
     """
 
     numbers: np.ndarray
     winner: np.ndarray
     loser: np.ndarray
+    share: np.ndarray | None
     score: np.ndarray
     opinions: np.ndarray
 
@@ -65,20 +68,26 @@ class Candidates:
 
     def _groups(self, session, pair: Step, out: Output) -> dict[str, Members]:
         """The groups of one round's pairs, by name."""
-        table = out.table("pairs", ["group", "winner", "loser"]).to_pandas()
+        shared = pair.config.get("shares", False)
+        table = out.table("pairs", ["group", "winner", "loser", *(["share"] if shared else [])]).to_pandas()
         won, lost = ("loser", "winner") if self.swapped else ("winner", "loser")
-        pairs = {name: (rows[won].to_numpy(int), rows[lost].to_numpy(int)) for name, rows in table.groupby("group")}
-        opinions = self._opinions_of(session, pair) if pair.stage == "pair" and (self._whole or self._wants) else {}
-        nobody = np.empty(0, int), np.empty(0, int)
+        pairs = {name: (rows[won].to_numpy(int), rows[lost].to_numpy(int), rows["share"].to_numpy(float) if shared else None)
+                 for name, rows in table.groupby("group")}
+        opinions = {}
+        if pair.stage == "pair" and (self._whole or self._wants):
+            opinions = self._opinions_of(session, pair)
+        elif pair.stage == "adopt" and self._wants:
+            opinions = self._ranks_of(PairSet.open(pair.args["pairs"]))
+        nobody = np.empty(0, int), np.empty(0, int), None
         found = {}
         for name in sorted(pairs.keys() | (opinions.keys() if self._whole else set())):
-            winner, loser = pairs.get(name, nobody)
+            winner, loser, share = pairs.get(name, nobody)
             score, each = opinions.get(name, (None, None))
             numbers = np.union1d(winner, loser)
             if self._whole and score is not None:
                 numbers = np.union1d(numbers, np.flatnonzero(np.isfinite(score)))
             if len(numbers):
-                found[name] = Members(numbers, winner, loser, np.full(len(numbers), math.nan) if score is None else score[numbers],
+                found[name] = Members(numbers, winner, loser, share, np.full(len(numbers), math.nan) if score is None else score[numbers],
                                       np.empty((len(numbers), 0)) if each is None else each[numbers])
         return found
 
@@ -98,6 +107,16 @@ class Candidates:
             found[name] = mixed[n][order], each[n][order]
         return found
 
+    def _ranks_of(self, pairs: PairSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Group -> (score (k,), the same as one expert's (k, 1)): people's ranking, higher is better; a negative adapter's is turned."""
+        found = {}
+        for name, ranking in pairs.rankings.items():
+            score = np.full(max(ranking or [-1]) + 1, math.nan)
+            for number, beaten in (ranking or {}).items():
+                score[number] = -beaten if self.swapped else beaten
+            found[name] = score, score[:, None]
+        return found
+
     def _drawn(self, groups: dict[str, Members], own: int, rounds: int, share: float, *key: str | int) -> dict[str, Members]:
         """As many of an earlier round's groups as make up its part of the share that is replayed."""
         count = min(len(groups), round(share / (1 - share) * own / rounds))
@@ -114,7 +133,7 @@ class Candidates:
             rows = np.array([self.store.place[name + suffix, int(number)] for number in members.numbers])
             self._score[rows], self._opinions[rows] = members.score, members.opinions
             places = (np.searchsorted(members.numbers, side) for side in (members.winner, members.loser))
-            self.groups.append(Group(name + suffix, rows, *places))
+            self.groups.append(Group(name + suffix, rows, *places, members.share))
 
     def scores_at(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What the experts said of a batch's rows, where an objective asks for it."""

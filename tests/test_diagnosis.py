@@ -423,3 +423,42 @@ def test_no_round_at_all_keeps_the_base():
 def test_another_judge_keeps_another_round():
     rounds = {1: numbers(judge=(0.9, 0.8, 0.95)), 2: numbers(watcher=(0.9, 0.8, 0.95))}
     assert (best_round(rounds, "judge"), best_round(rounds, "watcher")) == (1, 2)
+
+
+# -- how much there is to go by
+
+
+def evaluated(prompts=40, low=0.4, high=0.7):
+    return {"prompts": prompts, "judge": "judge", "against_base": {"win_rate": 0.859, "low": low, "high": high}}
+
+
+def evidence(pairs=100, steps=40, **found):
+    return [(finding.level, finding.sentence) for finding in diagnosis.of_evidence(pairs, table(steps, accuracy=late(0.8, steps=steps)), **found)]
+
+
+def test_enough_pairs_steps_and_prompts_call_for_no_caution():
+    assert evidence() == evidence(evaluated=evaluated()) == evidence(evaluated=evaluated(low=0.6)) == []
+
+
+def test_two_pairs_two_steps_and_four_prompts_are_each_told():
+    found = evidence(2, 2, evaluated=evaluated(4, 0.0, 1.0))
+    assert [level for level, _ in found] == ["warning"] * 3
+    pairs, steps, prompts = (sentence for _, sentence in found)
+    assert pairs.startswith("only 2 pairs to learn from: they say what these pictures are, not what is preferred: label or draw at least 10")
+    assert steps.startswith("only 2 optimiser steps: the adapter has hardly moved")
+    assert prompts.startswith("only 4 held-out prompts: they say nothing of others: hold out at least 20")
+    assert evidence(1, 40)[0][1].startswith("only 1 pair to learn from")
+
+
+@pytest.mark.parametrize(("count", "words"), [(4, "they say nothing of others"), (5, "an interval over so few is wide"), (19, "an interval"),
+                                             (20, None)])
+def test_prompts_are_too_few_to_say_anything_or_to_say_much(count, words):
+    assert [words in sentence for _, sentence in evidence(evaluated=evaluated(count))] == ([True] if words else [])
+
+
+def test_a_gain_that_finetuning_did_not_learn_is_told_with_both_figures():
+    steps = table(40, accuracy=np.full(40, 0.505))
+    (finding,) = diagnosis.of_evidence(100, steps, evaluated(low=0.7, high=0.95))
+    assert finding.what == ("judge prefers the round to the base in 85.9 % [70.0, 95.0], but finetuning told its pairs apart no better than chance "
+                            "(50.5 %)")
+    assert diagnosis.of_evidence(100, steps, evaluated(low=0.4)) == [], "nothing is claimed, so nothing is doubted"

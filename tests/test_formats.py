@@ -45,6 +45,7 @@ PAIRS = [(0, 0, 1, 1.0, "7", 0.5, "100"), (0, 2, 0, 0.0, "8", None, "101"), (0, 
 NOWHERE = {f"the format has no place for a pair's {name}": count for name, count in {"annotator": 3, "gap": 2, "source": 4}.items()}
 ASKS = {  # format -> columns that come back, what of the others is counted as left out
     "pickapic": ([3, 4, 6], {"the format has no place for a pair's gap": 2}), "huggingface": ([3, 4, 5, 6], {}), "csv": ([3, 4, 5, 6], {}),
+    "json": ([3, 4, 5, 6], {}),
     "invoke": ([3], NOWHERE)}
 
 
@@ -271,6 +272,7 @@ def test_where_nothing_can_be_used_there_is_a_sentence_and_no_set(source, tmp_pa
 @pytest.mark.parametrize(("name", "sentence"), [
     ("invoke", "metadata.jsonl is not there"), ("pickapic", "there is no .parquet file in it"), ("folders", "there are no folders w and l in it"),
     ("kto", "there is no train_processed_v3.csv in it, and 0 other .csv files"), ("csv", "pairs.csv is not there"),
+    ("json", "there is no .json file in it"),
     ("huggingface", "there is no .parquet, metadata.jsonl or metadata.csv in it")])
 def test_an_empty_folder_is_told_what_it_lacks(name, sentence, tmp_path):
     (tmp_path / "in").mkdir()

@@ -1,15 +1,19 @@
 """Training on imported pairs: no sampler, each picture through the VAE once; refusals in a sentence; sets drawn for annotation."""
 
+import base64
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_formats import painted, pickapic
 from whole_runs import fdpo, folder_of, manifests, refused, session, works
 
-from fashiondpo_pipeline import adapters, pairsets
+from fashiondpo_pipeline import adapters, pairsets, report
 from fashiondpo_pipeline.codecs import decode_half, decode_picture, encode_png
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.pairsets import PairSet
@@ -34,7 +38,16 @@ def test_one_command_trains_on_a_pick_a_pic_file_and_evaluates_on_the_runs_promp
     (page,) = (place / "runs" / "t").glob("imported-*.html")
     text = page.read_text()
     assert all(words in text for words in ("pickapic: p.parquet", "Checks before training", "winner minus loser", "loss, first and last step",
-                                           "bright prefers it to the base"))
+                                           "bright prefers it to the base", "What was learnt from", "Before and after"))
+    shown = re.findall(r'<img src="data:image/[a-z]+;base64,([^"]+)"', text)
+    run = session(*DPO[1::2])
+    pictures = 2 * 2 + 2 * run.config.evaluate.pictures * len(run.prompts["held-out"])  # of both pairs; of base and round
+    assert len(shown) == pictures and all(decode_picture(base64.b64decode(one), "").size for one in shown)
+    assert text.count("<svg") == 6, "the gains, four curves of finetuning, and where in the walk it learns"
+    style = (Path(report.__file__).parent / "templates" / "report.css").read_text()
+    assert style.strip() in text, "it looks like the other report"
+    assert "Only 2 pairs to learn from" in text and "Only 2 optimiser steps" in text
+    assert "warning: only 2 pairs to learn from" in told.err
     works("generate", "a red dress", "--pairs", "p.parquet", "--count", "1", "--out", "drawn", *DPO)
     assert len(list((place / "drawn").iterdir())) == 1
     works("export", "out", "--pairs", "p.parquet", "--format", "kohya", *DPO)
@@ -83,7 +96,9 @@ def test_hostile_names_and_prompts_do_nothing_on_the_page(place):
     pickapic(place / "<script>alert(1)<!--.parquet", caption=["<img src=x onerror=alert(1)>"] * 4, jpg_1=[painted(0, "JPEG")] * 4)
     works("finetune", "--pairs", "<script>alert(1)<!--.parquet", *DPO)
     (page,) = (place / "runs" / "t").glob("imported-*.html")
-    assert "<script" not in page.read_text() and "<img" not in page.read_text() and "&lt;script&gt;" in page.read_text()
+    text = page.read_text()
+    assert "<script" not in text and "<img src=x" not in text and "&lt;script&gt;" in text and "&lt;img src=x" in text
+    assert set(re.findall(r'<img src="([^:]*:)', text)) == {"data:"}, "nothing is asked of anybody"
 
 
 def test_latents_are_the_vaes_of_the_fitted_pictures_and_training_meets_the_winner_and_the_loser(place):
@@ -153,6 +168,67 @@ def a_set(folder, *pairs):
     """A set of four pictures of one prompt; pairs: (first, second, label)."""
     pictures = [{"group": "g", "candidate": n, "prompt": "a red dress", "picture": {"bytes": painted(n)}} for n in range(4)]
     return pairsets.write(folder, pictures, [dict(zip(("group", "first", "second", "label"), ("g", *pair), strict=True)) for pair in pairs], {})
+
+
+def trained(place, folder, *sets):
+    """(loss of every step, the adapter's weights) of a finetuning on a set."""
+    works("finetune", "--pairs", folder, *DPO, *(part for text in sets for part in ("--set", text)))
+    run = session(*DPO[1::2], *sets)
+    out = run.output(run.chain(1, {1: PairSet.open(folder)}).rounds[1].finetune)
+    (file,) = (out.folder / "adapter").glob("*.safetensors")
+    return out.table("steps")["loss"].to_pylist(), load_file(file)
+
+
+@pytest.mark.parametrize("guard", ["null", "0.9"])
+def test_a_pair_that_three_of_four_people_chose_trains_as_their_four_pairs_do_and_not_as_a_hard_win(place, guard):
+    sets = [f"finetune.guard={guard}", "finetune.learning_rate=0.01", "finetune.epochs=4"]
+    a_set("share", (0, 1, 0.75))
+    a_set("people", (0, 1, 1.0), (0, 1, 1.0), (0, 1, 1.0), (0, 1, 0.0))
+    a_set("hard", (0, 1, 1.0))
+    (loss, weights), (same, equal), (other, _) = (trained(place, name, *sets) for name in ("share", "people", "hard"))
+    assert loss == pytest.approx(same, abs=1e-6) and loss[0] == pytest.approx(np.log(2), abs=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, equal[name], atol=1e-6, rtol=1e-4)
+    assert abs(loss[-1] - other[-1]) > 1e-4
+
+
+def test_a_set_with_shares_has_claims_of_its_own_and_one_without_has_those_it_had(place):
+    hard, soft = a_set("hard", (0, 1, 1.0), (2, 3, 0.5), (1, 2, None)), a_set("soft", (0, 1, 1.0), (3, 2, 0.25))
+    claims = [session(*DPO[1::2]).chain(1, {1: pairs}).rounds[1].pair.config for pairs in (hard, soft)]
+    assert claims == [{}, {"shares": True}] and (hard.shares, soft.shares) == (0, 1)
+    works("finetune", "--pairs", "soft", *DPO)
+    run = session(*DPO[1::2])
+    table = run.output(run.chain(1, {1: soft}).rounds[1].pair).table("pairs")
+    assert [tuple(row.values()) for row in table.select(["winner", "loser", "share"]).to_pylist()] == [(0, 1, 1.0), (2, 3, 0.75)]
+
+
+def test_an_objective_that_cannot_weigh_shares_is_refused_by_name(place):
+    a_set("soft", (0, 1, 0.7))
+    sets = ("--set", "finetune.objective=kto", "--set", "finetune.signal=error")
+    sentence = refused("finetune", "--pairs", "soft", *sets)
+    assert "finetune.objective kto takes a picture as good or bad, and labels of these pairs are shares" in sentence
+    a_set("hard", (0, 1, 1.0))
+    works("finetune", "--pairs", "hard", *sets)
+
+
+@pytest.mark.parametrize(("pairs", "ranking"), [
+    ([(0, 1, 1.0), (2, 1, 0.0), (0, 2, 1.0)], {0: 2, 1: 1, 2: 0}), ([(0, 1, 1.0), (0, 2, 1.0), (1, 2, 0.5)], {0: 2, 1: 0.5, 2: 0.5}),
+    ([(0, 1, 1.0), (1, 0, 0.0)], {0: 1, 1: 0}), ([(0, 1, 1.0), (1, 2, 1.0)], None), ([(0, 1, 1.0), (1, 2, 1.0), (2, 0, 1.0)], None),
+    ([(0, 1, 1.0), (1, 0, 1.0)], None), ([(0, 1, 0.75)], None), ([(0, 1, 1.0), (0, 1, None)], None), ([(0, 0, 1.0)], None)])
+def test_pairs_are_a_ranking_where_each_two_were_compared_and_all_agree(pairs, ranking, tmp_path):
+    assert a_set(tmp_path / "set", *pairs).rankings == {"g": ranking}
+
+
+@pytest.mark.parametrize("objective", ["plackett_luce", "rankdpo"])
+def test_objectives_of_an_order_train_on_ranked_pictures_and_refuse_what_is_no_ranking(place, objective):
+    a_set("ranked", (0, 1, 1.0), (0, 2, 1.0), (1, 2, 1.0))
+    a_set("turned", (0, 1, 0.0), (0, 2, 0.0), (1, 2, 0.0))
+    sets = [f"finetune.objective={objective}", "finetune.learning_rate=0.01", "finetune.epochs=4"]
+    losses, weights = zip(*(trained(place, name, *sets, "finetune.signal=error") for name in ("ranked", "turned")), strict=True)
+    assert losses[0][-1] < losses[0][0] and not all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    a_set("loose", (0, 1, 1.0), (1, 2, 1.0))
+    sentence = refused("finetune", "--pairs", "loose", *DPO, *(part for text in (*sets, "finetune.signal=error") for part in ("--set", text)))
+    assert f"finetune.objective {objective} needs a ranking of each prompt's pictures, and of 1 of 1 prompts the pairs are none" in sentence
 
 
 def test_a_pair_of_a_picture_that_is_not_there_is_told_and_left_out(place):

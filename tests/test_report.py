@@ -303,7 +303,7 @@ def test_a_round_is_said_to_have_lost_to_the_one_it_went_on_from(record):
         ({"against_previous": rate(*DOWN)}, "Round 2 lost to round 1: 30.0 % [20.0, 40.0]. Round 1 may be the one to keep."),
         ({"judge_rewarded": True}, "The judge is itself what was rewarded"),
         ({"diversity": {"base": 0.5, "before": 0.5, "after": 0.4, "spread": 0.3}}, "Diversity within a prompt fell to 0.80 of the base's"),
-        ({"prompts": 6}, "Only 6 held-out prompts: an interval over so few says little."),
+        ({"prompts": 6}, "Only 6 held-out prompts: an interval over so few is wide, and says little"),
     ],
 )
 def test_what_looks_off_is_said_in_plain_words(record, numbers, sentence):
@@ -408,7 +408,28 @@ def test_page_says_which_round_to_keep(session, record):
 
     better = changed(calm(record), experts=experts(record, clip=UP, taste=UP, judge=(0.99, 0.98, 1.0)))
     assert "Round 2 is the one to keep: judge prefers it to the base in 99.0 % [98.0, 100.0]." in plain(better)
-    assert "Round 1 is the one to keep" in plain(gamed(better))
+    first = better.rounds[0]
+    won = replace(first, numbers=first.numbers | {"experts": experts(record, clip=UP, taste=UP, judge=UP)})
+    assert "Round 1 is the one to keep" in plain(gamed(replace(better, rounds=[won, *better.rounds[1:]])))
+    assert "The base is the one to keep" in plain(gamed(better)), "of six prompts round 1's own interval is too wide to beat it"
+
+
+def test_page_says_over_how_many_pictures_a_mean_is(session, record):
+    text = rendered(session, record)
+    shown, every = record.config.report.pictures, record.base.k
+    told = f"all {every} pictures of the prompt, of which {shown} are shown" if shown < every else "the pictures shown"
+    assert f"its mean over {told}" in text
+    few = replace(record, config=record.config.model_copy(update={"report": record.config.report.model_copy(update={"pictures": 1})}))
+    assert f"its mean over all {every} pictures of the prompt, of which 1 are shown" in rendered(session, few)
+
+
+def test_the_default_judge_is_said_to_be_a_logarithm_and_the_mix_a_mean(record):
+    named = {"judge": config.Config().experts["judge"]}
+    default = replace(record, config=record.config.model_copy(update={"experts": named}))
+    assert report.judges_number(changed(default, judge="judge")).startswith("Its score: ln p(label | picture)")
+    assert "weighted mean, in standard deviations" in report.judges_number(changed(record, judge="mix"))
+    strange = {"judge": named["judge"].model_copy(update={"use": "somebody:Else"})}
+    assert report.judges_number(changed(replace(record, config=record.config.model_copy(update={"experts": strange})), judge="judge")) == ""
 
 
 def test_drift_is_told_in_the_spread_of_the_base_that_evaluate_measured(session, record):

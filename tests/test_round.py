@@ -204,9 +204,19 @@ def test_the_old_setting_finds_the_old_results(finished):
 def test_a_run_that_is_there_does_nothing_and_says_so(finished, finished_place):
     told = works("round")
     assert told.err.startswith("runs/t has 3 rounds already: nothing to do\n")
-    assert "next: fdpo generate" in told.err
+    kept = re.search(r"^(?:(The base)|Round (\d)) is the one to keep", told.err, re.MULTILINE)
+    assert kept and told.err.splitlines()[-1].endswith(f"--round {kept[2] or 0}"), "what is offered is what is to be kept"
+    assert re.search(r"^warning  only 6 held-out prompts: ", told.err, re.MULTILINE)
     assert manifests(finished / "runs/t") == manifests(finished_place / "runs/t")
     assert results(finished / "runs/t") == results(finished_place / "runs/t")
+
+
+def test_only_evaluations_of_few_prompts_have_claims_of_their_own(place):
+    config = session().chain(1).rounds[1].evaluate.config
+    assert config.pop("few") is True
+    (place / "prompts.txt").write_text("\n".join(f"hat {n}" for n in range(60)))
+    many = session("prompts.held_out=0.5")
+    assert len(many.prompts["held-out"]) >= 20 and many.chain(1).rounds[1].evaluate.config == config
 
 
 def test_two_rounds_and_then_a_third_are_three_rounds(place, finished_place):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fashiondpo_pipeline.statistics import bootstrap, diversity, meters, wins
+from fashiondpo_pipeline.statistics import FEW, bootstrap, diversity, interval, meters, student, wins
 
 NAN = math.nan
 
@@ -51,6 +51,55 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 def test_intervals_over_single_pictures_would_cover_too_seldom():
     """Why whole prompts are drawn: the same values taken as independent pictures are far from 95 %."""
     assert coverage(lambda rng: prompts(rng).reshape(-1, 1)) < 0.88
+
+
+def chances(rng, groups, kind, mean):
+    """The chance of each prompt: the same for all, spread about the mean, or all or nothing; (g, 1)."""
+    drawn = {"same": np.full((groups, 1), mean), "spread": rng.beta(2 * mean, 2 * (1 - mean), (groups, 1)),
+             "all or nothing": (rng.random((groups, 1)) < mean).astype(float)}
+    return drawn[kind]
+
+
+@pytest.mark.parametrize("pictures", [1, 4])
+@pytest.mark.parametrize("kind", ["same", "spread", "all or nothing"])
+@pytest.mark.parametrize("groups", [5, 8, 12, 19])
+def test_the_interval_of_few_prompts_holds_its_level_whatever_they_are_like(groups, kind, pictures):
+    for mean in (0.5, 0.7, 0.9):
+        hits = 0
+        for seed in range(200):
+            rng = np.random.default_rng(seed)
+            won = (rng.random((groups, pictures)) < chances(rng, groups, kind, mean)).astype(float)
+            _, low, high = interval(won, seed, 20, 0.95)
+            hits += low <= mean <= high
+        assert hits >= 0.9 * 200, (mean, hits)  # 0.95 less three standard errors of 200 tries
+
+
+def test_prompts_that_all_agree_still_leave_doubt():
+    for groups in (5, 10, 19):
+        mean, low, high = interval(np.ones((groups, 4)), 0, 100, 0.95)
+        assert mean == high == 1.0 and 0.3 < low < 0.9, "a bootstrap's would be from 1 to 1"
+    assert interval(np.full((8, 3), 0.5), 0, 100, 0.95)[1] < 0.35
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_of_fewer_than_five_prompts_nothing_can_be_said(groups):
+    values = np.random.default_rng(groups).random((groups, 16))
+    assert interval(values, 0, 100, 0.95) == (pytest.approx(values.mean()), 0.0, 1.0)
+    padded = np.concatenate([values, np.full((30, 16), NAN)])
+    assert interval(padded, 0, 100, 0.95)[1:] == (0.0, 1.0), "prompts without a score are none"
+
+
+def test_from_twenty_prompts_on_it_is_the_bootstraps_and_without_a_value_nothing():
+    values = prompts(np.random.default_rng(3), FEW)
+    assert interval(values, 1, 300, 0.95) == bootstrap(values, 1, 300, 0.95) != interval(values[1:], 1, 300, 0.95)
+    assert all(math.isnan(one) for one in interval(np.full((6, 2), NAN), 0, 50, 0.95))
+
+
+@pytest.mark.parametrize(("count", "coverage", "quantile"), [(5, 0.95, 2.7764), (19, 0.95, 2.1009), (11, 0.9, 1.8125), (8, 0.99, 3.4995)])
+def test_students_quantiles_are_the_published_ones(count, coverage, quantile):
+    values = np.arange(float(count))
+    low, high = student(values, coverage)
+    assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(count), rel=2e-3)
 
 
 def test_the_middle_is_the_plain_mean_of_what_is_known():

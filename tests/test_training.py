@@ -31,6 +31,7 @@ from fashiondpo_pipeline.training import (
     out_of_memory,
     repick,
     schedule_of,
+    total_loss,
 )
 
 BETA = 300.0
@@ -427,3 +428,68 @@ def test_a_batch_keeps_the_pairs_of_each_unit_among_its_own_rows():
               for u in UNITS for won, lost in zip(u.group.winner, u.group.loser, strict=True)}
     assert found == wanted
     assert batch.columns.tolist() == [0] * 4 + [2] * 4 + [1] * 2 + [0] * 3
+
+
+# -- shares of votes
+
+
+PAIRED = sorted(name for name, objective in BUILTIN.items() if objective.per == "pair")
+
+
+def shared_evidence(share, gain=None):
+    """Four candidates of one prompt in three pairs, and what the people's shares are; with all that any objective of pairs reads."""
+    random = torch.Generator().manual_seed(4)
+    gain = torch.randn(4, generator=random, dtype=torch.float64).requires_grad_() if gain is None else gain
+    pixels = torch.randn(3, 4, 1, 2, 2, generator=random, dtype=torch.float64)
+    score = torch.randn(4, generator=random, dtype=torch.float64)
+    return Evidence(gain, torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), torch.zeros(4, dtype=torch.int64), score=score, opinions=score[:, None],
+                    error=-2 * gain, ref_error=torch.zeros(4, dtype=torch.float64), prediction=pixels[0] * gain.reshape(4, 1, 1, 1),
+                    ref_prediction=pixels[1], wanted=pixels[2], share=None if share is None else torch.tensor(share, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_share_loses_what_so_many_people_with_labels_of_their_own_lose_in_the_mean(name):
+    people = 8  # a pair that 6 of 8 chose is eight pairs, six of them one way round
+    gain = torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    shares = [6 / people, 5 / people, 1.0]
+    one = shared_evidence(shares, gain)
+    each = [(w, loser) if n < share * people else (loser, w)
+            for share, w, loser in zip(shares, one.winner.tolist(), one.loser.tolist(), strict=True) for n in range(people)]
+    winner, loser = (torch.tensor(side) for side in zip(*each, strict=True))
+    many = Evidence(**{**vars(one), "winner": winner, "loser": loser, "share": None})
+    losses = [total_loss([Term(BUILTIN[name])], {"log_prob": found, "error": found}, 1.5, {"pair": count})[0] for found, count in
+              ((one, 3), (many, 3 * people))]
+    slopes = [torch.autograd.grad(loss, gain, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_pairs_that_all_won_outright_lose_what_they_lose_without_shares(name):
+    outright, plain = (total_loss([Term(BUILTIN[name])], {"log_prob": found, "error": found}, 1.5, {"pair": 3})
+                       for found in (shared_evidence([1.0] * 3), shared_evidence(None)))
+    torch.testing.assert_close(outright, plain)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.9])
+def test_a_share_asks_for_the_margin_that_says_so_and_no_wider(share):
+    margin = torch.tensor(math.log(share / (1 - share)) if share < 1 else 0.0, dtype=torch.float64)
+    gain = torch.stack([margin, torch.zeros((), dtype=torch.float64)]).requires_grad_()
+    pair = torch.tensor([0]), torch.tensor([1])
+    found = Evidence(gain, *pair, torch.zeros(2, dtype=torch.int64), share=torch.tensor([share], dtype=torch.float64))
+    loss, _ = total_loss([Term(DIFFUSION_DPO)], {"error": found}, 1.0, {"pair": 1})
+    assert torch.autograd.grad(loss, gain)[0].abs().max() < 1e-12
+
+
+def test_shares_go_with_their_pairs_into_a_batch_and_a_group_without_any_won_outright():
+    soft = Group("s", np.array([0, 1, 2]), np.array([0, 1]), np.array([1, 2]), np.array([0.7, 0.9]))
+    assert Batch.of([Unit(soft, 0), Unit(GROUPS[1], 0)]).share.tolist() == [0.7, 0.9, 1.0]
+    assert Batch.of([Unit(GROUPS[1], 0)]).share is None
+
+
+def test_a_pair_turned_round_is_eased_as_such_and_turned_twice_is_itself():
+    found = Evidence(torch.zeros(2), torch.tensor([0]), torch.tensor([1]), torch.zeros(2, dtype=torch.int64), slack=torch.tensor([0.2]),
+                     turned_slack=torch.tensor([0.6]), share=torch.tensor([0.75]))
+    assert (found.turned().slack, found.turned().turned_slack, found.turned().share) == (0.6, found.slack, 0.25)
+    twice = found.turned().turned()
+    assert all(torch.equal(getattr(twice, name), getattr(found, name)) for name in ("winner", "loser", "slack", "turned_slack", "share"))

@@ -8,9 +8,10 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from fashiondpo_pipeline.workspace import write_json
 
 LEAST_SIDE, MOST_SIDE = 8, 16_384  # pixels
 MOST_LETTERS = 20_000  # of a prompt
+NAMED = 12  # more columns than these are counted, not named
 MORE = ("annotator", "gap", "source")  # what a pair may say beside its pictures and its label
 
 FORMATS = Registry(
@@ -36,16 +38,17 @@ FORMATS = Registry(
         "folders": "fashiondpo_pipeline.formats.folders:FORMAT",
         "kto": "fashiondpo_pipeline.formats.kto:FORMAT",
         "csv": "fashiondpo_pipeline.formats.plain_csv:FORMAT",
+        "json": "fashiondpo_pipeline.formats.json_lists:FORMAT",
     },
 )
 
 
 class Refused(Exception):
-    """Why a row is left out: a reason that many rows may share, and what is special to this one."""
+    """Why a row is left out: a reason that many rows may share, and what is special to this one. count: how many rows it stands for."""
 
-    def __init__(self, reason: str, detail: object = ""):
+    def __init__(self, reason: str, detail: object = "", count: int = 1):
         super().__init__(reason)
-        self.reason, self.detail = reason, str(detail)
+        self.reason, self.detail, self.count = reason, str(detail), count
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class Single:
-    """One picture of a prompt, compared with no other; liked: thumb up or down."""
+    """One picture of a prompt by itself. liked: thumb up or down. rank: its place, 1 the best, among the prompt's pictures of equal `among`."""
 
     prompt: str
     picture: Picture
     liked: bool | None = None
+    rank: float | None = None
+    among: str = ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two pictures of a prompt; label: preference for the first, None where nobody has looked."""
+    """Two pictures of a prompt; label: preference for the first, None where nobody has looked.
+
+    placed: whether it is known which was shown first. lost: what of the row cannot be kept, (reason, detail) each; the pair is.
+    """
 
     prompt: str
     first: Picture
@@ -76,9 +84,29 @@ class Comparison:
     annotator: str | None = None
     gap: float | None = None
     source: str | None = None
+    placed: bool = True
+    lost: tuple[tuple[str, str], ...] = ()
 
 
-Made = Comparison | Single
+@dataclass(frozen=True)
+class Ranked:
+    """Several pictures of a prompt in an order, 1 the best. ties: whether equal ranks say that neither of two is better, or nothing."""
+
+    prompt: str
+    pictures: tuple[Picture, ...]
+    ranks: tuple[float, ...]
+    ties: bool = True
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Each two of them."""
+        for i, j in combinations(range(len(self.pictures)), 2):
+            behind = self.ranks[j] - self.ranks[i]
+            if behind or self.ties:
+                label = 0.5 if not behind else float(behind > 0)
+                yield Comparison(self.prompt, self.pictures[i], self.pictures[j], label, gap=abs(behind) or None, placed=False)
+
+
+Made = Comparison | Single | Ranked
 Rows = Iterator[tuple[str, Callable[[], Made]]]
 
 
@@ -91,7 +119,56 @@ class Losses:
 
     def add(self, where: str, reason: str, detail: str = "", count: int = 1) -> None:
         self.reasons[reason] += count
+        self.note(where, reason, detail)
+
+    def note(self, where: str, reason: str, detail: str = "") -> None:
+        """A line of the file alone: the row itself is kept."""
         self.file.write(json.dumps({"where": where, "reason": reason, "detail": detail}, ensure_ascii=True) + "\n")
+
+
+@dataclass
+class Reading:
+    """What is asked of files that are read, and what is noted meanwhile.
+
+    columns: our name of a column -> the files' (see `meaning.ROLES`). split: the part that is wanted, "all", or None for the training part
+    where there are several. met, used: the columns that were met, and those that anything was made of. splits: rows of each part.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None
+    met: dict[str, None] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    splits: Counter[str] = field(default_factory=Counter)
+
+    def cells(self, row: Mapping[str, Any], plain: Callable[[str], str] = str) -> "Cells":
+        """A row under our names, which notes what of it is read. plain: what a column that nobody renamed is called here."""
+        self.met.update(dict.fromkeys(row))
+        ours = {theirs: ours for ours, theirs in self.columns.items()}
+        names = {ours.get(name) or plain(name): name for name in row if name in ours or plain(name) not in self.columns}
+        return Cells(row, self.used, names)
+
+    @property
+    def unread(self) -> list[str]:
+        """The columns that nothing was made of."""
+        return [name for name in self.met if name not in self.used]
+
+
+class Cells(dict):
+    """A row of a table under our names; `used` gets the table's own name of each column that is asked for. names: ours -> the row's."""
+
+    def __init__(self, row: Mapping[str, Any], used: set[str], names: Mapping[str, str]):
+        super().__init__({ours: row[theirs] for ours, theirs in names.items()})
+        self._used, self._names = used, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self:
+            self._used.add(self._names[name])
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            return default
+        return self[name]
 
 
 @dataclass(frozen=True)
@@ -99,33 +176,55 @@ class Format:
     """One format. placed: its files say which picture was shown first. holds: what else of a pair they have a place for."""
 
     about: str
-    read: Callable[[Path], Rows]
+    read: Callable[[Path, Reading], Rows]
     write: Callable[[PairSet, Path, Losses], Counter[str]]
     placed: bool = True
     holds: tuple[str, ...] = ()
 
 
-def read(name: str, path: Path, folder: Path) -> PairSet:
-    """The pair set in `folder` made of other programs' files at `path`. Raises UserError if nothing in them can be used."""
+def read(name: str, path: Path, folder: Path, columns: Mapping[str, str] | None = None, split: str | None = None) -> PairSet:
+    """The pair set in `folder` made of other programs' files at `path`. Raises UserError if nothing in them can be used.
+
+    columns: our name of a column -> the files'. split: which part of several, "all", or None for the training part.
+    """
     kind: Format = FORMATS.find(name)
+    reading = Reading(columns or {}, split)
     if not path.exists():
         raise UserError(f"there is no {path}: check the path")
-    rows = kind.read(path)  # first, as most see at once that there is nothing to read
+    rows = kind.read(path, reading)  # first, as most see at once that there is nothing to read
     target = _Import(Writer(folder))
     with (target.writer.draft / "dropped.jsonl").open("w", encoding="utf-8") as file:
-        losses = Losses(file)
+        losses, fields = Losses(file), Counter[str]()
         for where, make in rows:
             try:
-                target.add(make())
+                for reason, detail in target.add(make()):
+                    fields[reason] += 1
+                    losses.note(where, reason, detail)
             except Refused as problem:
-                losses.add(where, problem.reason, problem.detail)
+                losses.add(where, problem.reason, problem.detail, problem.count)
         if not target.writer.counts["pictures"]:
             told = "; ".join(f"{count:,} x {reason}" for reason, count in losses.reasons.most_common(5)) or "there is no row in it"
+            gone = [theirs for theirs in reading.columns.values() if theirs not in reading.met]
+            told += f"; no column is called {' or '.join(gone)}" if gone and reading.met else ""
             told += f"; every one of them: {file.name}" if losses.reasons else ""
             raise UserError(f"{path}: nothing in it can be used as '{name}' ({told}): {kind.about}")
     target.link()
-    lineage = {"format": name, "path": str(path)}
-    return target.writer.finish({"source": f"{name}: {path}", "lineage": lineage, "placed": kind.placed, "dropped": dict(losses.reasons)})
+    lineage = {"format": name, "path": str(path), "columns": dict(reading.columns), "split": split}
+    return target.writer.finish({"source": f"{name}: {path}", "lineage": lineage, "placed": kind.placed and target.placed,
+                                 "dropped": dict(losses.reasons), "fields": dict(fields), "unread": reading.unread, "splits": dict(reading.splits)})
+
+
+def notes(pairs: PairSet) -> list[str]:
+    """What was not made anything of at an import, and which parts it is made of, for people."""
+    manifest, lines = pairs.manifest, []
+    if splits := manifest.get("splits"):
+        lines.append("split: " + ", ".join(f"{name} ({count:,} rows)" for name, count in splits.items()))
+    lines += [f"note: {count:,} x {reason}: the pair is kept without it" for reason, count in manifest.get("fields", {}).items()]
+    if unread := manifest.get("unread"):
+        more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
+        lines.append(f"note: columns that were not read: {', '.join(unread[:NAMED])}{more}; "
+                     "`fdpo import --columns OURS=THEIRS` says what one of them holds")
+    return lines
 
 
 def write(name: str, pairs: PairSet, folder: Path) -> tuple[Counter[str], Counter[str]]:
@@ -172,12 +271,15 @@ class _Import:
     """Numbers pictures within their prompt; the same bytes under the same name are the same picture."""
 
     def __init__(self, writer: Writer):
-        self.writer, self.known = writer, Numbers()
+        self.writer, self.known, self.placed = writer, Numbers(), True
         self.thumbs = sqlite3.connect("", isolation_level=None)  # a temporary file, once they are many
         self.thumbs.execute("CREATE TABLE thumbs (a TEXT, n INTEGER, liked INTEGER)")
         self.thumbs.execute("CREATE INDEX by_group ON thumbs (a, liked)")
+        self.thumbs.execute("CREATE TABLE ranks (a TEXT, among TEXT, n INTEGER, place REAL)")
+        self.thumbs.execute("CREATE INDEX by_rank ON ranks (a, among)")
 
-    def add(self, made: Made) -> None:
+    def add(self, made: Made) -> Iterable[tuple[str, str]]:
+        """(reason, detail) of what of it is lost, though the rest is kept. Raises Refused where nothing of it can be."""
         _check_text("the prompt", made.prompt)
         if not made.prompt.strip():
             raise Refused("the prompt is empty")
@@ -185,13 +287,28 @@ class _Import:
             raise Refused(f"the prompt is longer than {MOST_LETTERS:,} letters")
         group = group_of(made.prompt)
         if isinstance(made, Single):
-            check(made.picture)
-            if self.known.find(group, _digest(made.picture)) is not None:
-                raise Refused("the same picture came before")
-            number = self._number(group, made.prompt, made.picture, made.liked)
-            if made.liked is not None:
-                self.thumbs.execute("INSERT INTO thumbs VALUES (?, ?, ?)", (group, number, made.liked))
-            return
+            return self._single(group, made)
+        if isinstance(made, Ranked):
+            for picture in made.pictures:
+                check(picture)
+            for pair in made.comparisons():
+                self._pair(group, pair)
+            return ()
+        return self._pair(group, made)
+
+    def _single(self, group: str, made: Single) -> Iterable[tuple[str, str]]:
+        check(made.picture)
+        if self.known.find(group, _digest(made.picture)) is not None:
+            raise Refused("the same picture came before")
+        number = self._number(group, made.prompt, made.picture, made.liked)
+        if made.liked is not None:
+            self.thumbs.execute("INSERT INTO thumbs VALUES (?, ?, ?)", (group, number, made.liked))
+        if made.rank is not None:
+            self.placed = False
+            self.thumbs.execute("INSERT INTO ranks VALUES (?, ?, ?, ?)", (group, made.among, number, made.rank))
+        return ()
+
+    def _pair(self, group: str, made: Comparison) -> Iterable[tuple[str, str]]:
         if made.label is not None and not 0 <= made.label <= 1:
             raise Refused("the label is not between 0 and 1", made.label)
         _check_text("the annotator", made.annotator)
@@ -199,8 +316,10 @@ class _Import:
         for picture in (made.first, made.second):
             check(picture)
         first, second = (self._number(group, made.prompt, picture) for picture in (made.first, made.second))
+        self.placed = self.placed and made.placed
         self.writer.pair({"group": group, "first": first, "second": second, "label": made.label, "annotator": made.annotator,
                           "gap": made.gap, "source": made.source})
+        return made.lost
 
     def _number(self, group: str, prompt: str, picture: Picture, liked: bool | None = None) -> int:
         digest = _digest(picture)
@@ -216,10 +335,15 @@ class _Import:
         return number
 
     def link(self) -> None:
-        """Each picture with thumb up against each with thumb down of its prompt."""
+        """Each picture with thumb up against each with thumb down of its prompt; each two that were ranked together."""
         question = "SELECT w.a, w.n, l.n FROM thumbs w JOIN thumbs l ON l.a = w.a AND l.liked = 0 WHERE w.liked = 1 ORDER BY w.rowid, l.rowid"
         for group, winner, loser in self.thumbs.execute(question):
             self.writer.pair({"group": group, "first": winner, "second": loser, "label": 1.0})
+        question = ("SELECT f.a, f.n, s.n, s.place - f.place FROM ranks f JOIN ranks s ON s.a = f.a AND s.among = f.among AND s.rowid > f.rowid "
+                    "ORDER BY f.rowid, s.rowid")
+        for group, first, second, behind in self.thumbs.execute(question):
+            label = 0.5 if not behind else float(behind > 0)
+            self.writer.pair({"group": group, "first": first, "second": second, "label": label, "gap": abs(behind) or None})
 
 
 def check(picture: Picture) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fashiondpo_pipeline import codecs
+from fashiondpo_pipeline import codecs, seeds
 from fashiondpo_pipeline.formats import Losses, Picture, Refused
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
 
@@ -221,11 +221,18 @@ def _folder_name(group: str) -> str:
 
 
 def comparisons(pairs: PairSet) -> Iterator[tuple[str, dict]]:
-    """(where, row) of each comparison."""
-    number = 0
+    """(where, row) of each comparison.
+
+    Where it is not known which picture was shown first, a coin thrown by key says which is: a format with places would else tell that
+    the first always won.
+    """
+    number, placed = 0, pairs.manifest.get("placed", True)
     for table in pairs.pairs():
         for row in table.to_pylist():
             number += 1
+            if not placed and seeds.key("first", row["group"], row["first"], row["second"]) % 2:
+                label = None if row["label"] is None else 1 - row["label"]
+                row |= {"first": row["second"], "second": row["first"], "label": label}
             yield f"pair {number}", row
 
 

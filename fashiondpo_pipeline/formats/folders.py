@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fashiondpo_pipeline.codecs import kind_of
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import Comparison, Format, Losses, Refused, Rows
+from fashiondpo_pipeline.formats import Comparison, Format, Losses, Reading, Refused, Rows, splits
 from fashiondpo_pipeline.formats.files import ENDINGS, comparisons, decided, in_pairs, inside, picture_at
 from fashiondpo_pipeline.pairsets import PairSet
 
@@ -17,16 +17,25 @@ CAPTIONS = (".caption", ".txt")
 MOST_CAPTION = 1 << 20  # bytes
 
 
-def read(path: Path) -> Rows:
+def read(path: Path, reading: Reading) -> Rows:
     subsets = sorted({folder.parent for side in ("w", "l") for folder in path.rglob(side) if folder.is_dir()})
     if not subsets:
         raise UserError(f"{path}: there are no folders w and l in it")
-    for subset in subsets:
+    parts = {subset: splits.split_of(subset.relative_to(path) / "w") for subset in subsets}
+    wanted = splits.wanted_of({part for part in parts.values() if part}, path, reading.split)
+    for subset, part in parts.items():
+        reason = splits.unwanted(part, wanted, set(parts.values()))
         sides = {side: _pictures(subset / side) for side in ("w", "l")}
         for stem in sorted(sides["w"].keys() | sides["l"].keys()):
             names = {side: [f"{side}/{name}" for name in sides[side].get(stem, [])] for side in ("w", "l")}
             where = (subset / (names["w"] or names["l"])[0]).relative_to(path).as_posix()
-            yield where, partial(_comparison, path, subset, stem, names)
+            if part and not reason:
+                reading.splits[part] += 1
+            yield where, partial(_refuse, reason) if reason else partial(_comparison, path, subset, stem, names)
+
+
+def _refuse(reason: str) -> Comparison:
+    raise Refused(reason)
 
 
 def _pictures(folder: Path) -> dict[str, list[str]]:

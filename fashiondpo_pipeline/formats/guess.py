@@ -31,13 +31,17 @@ def _of_folder(path: Path) -> str | None:
         if (path / name).is_file():
             return _of_file(path / name)
     tables = sorted(path.rglob("*.parquet"))
-    return _of_file(tables[0]) if tables else None
+    if tables:
+        return _of_file(tables[0])
+    return "json" if any(path.glob("*.json")) else None
 
 
 def _of_file(path: Path) -> str | None:
     try:
         if path.suffix == ".parquet":
             return "pickapic" if "jpg_0" in pq.read_schema(path).names else "huggingface"
+        if path.suffix == ".json":
+            return "json"
         with path.open("rb") as file:
             first = file.readline(FIRST).decode("utf-8-sig", errors="replace")
         if path.suffix == ".jsonl":
@@ -47,5 +51,6 @@ def _of_file(path: Path) -> str | None:
         return None
     if path.suffix == ".csv":
         columns = next(csv.reader([first]), [])
-        return "kto" if {"split", "file_path"} & set(columns) else "huggingface" if any(c.endswith("file_name") for c in columns) else "csv"
+        thumbs = "file_path" in columns or {"file_name", "split"} <= set(columns)  # a column `split` alone may tell parts of a set
+        return "kto" if thumbs else "huggingface" if any(c.endswith("file_name") for c in columns) else "csv"
     return None

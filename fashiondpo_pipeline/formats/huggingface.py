@@ -1,13 +1,13 @@
 """Hugging Face `datasets` folders: Parquet with pictures as struct<bytes, path>, or picture files with a metadata.jsonl or .csv.
 
-Two picture columns make a comparison: chosen and rejected (also winner, loser), or image_0 and image_1 (also jpg_0, image1, ...) with
-`label` (preference for the first), label_0 and label_1, or prefer_0 and prefer_1. One column, image, makes single pictures.
-A metadata file names its pictures in columns such as image_0_file_name, or file_name.
+What the columns may be called and what their values mean is in `meaning`. A metadata file names its pictures in columns such as
+image_0_file_name, or file_name. Where the schema says that a column's whole numbers are classes, their names are what counts.
 """
 
 import json
 from collections import Counter
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,95 +15,67 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import MORE, Comparison, Format, Losses, Made, Picture, Refused, Rows, Single, turned
-from fashiondpo_pipeline.formats.files import (
-    comparisons,
-    csv_rows,
-    in_pairs,
-    json_lines,
-    parquet_files,
-    parquet_rows,
-    picture_at,
-    picture_in,
-    text_of,
-)
-from fashiondpo_pipeline.formats.pickapic import label_of
+from fashiondpo_pipeline.formats import MORE, Format, Losses, Made, Picture, Reading, Rows, splits, turned
+from fashiondpo_pipeline.formats.files import comparisons, csv_rows, in_pairs, json_lines, parquet_files, parquet_rows, picture_at, picture_in
+from fashiondpo_pipeline.formats.meaning import NAMES, made_of
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.schemas import PICTURE
 
-DECIDED = [("chosen", "rejected"), ("winner", "loser")]
-SIDES = [("image_0", "image_1"), ("jpg_0", "jpg_1"), ("image0", "image1"), ("image1", "image2"), ("image_1", "image_2"), ("first", "second")]
-PROMPT = ("prompt", "caption", "text")
-NAMES = [*PROMPT, *(name for pair in DECIDED + SIDES for name in pair), "image", "label", "label_0", "label_1", "prefer_0", "prefer_1",
-         "has_label", "annotator", "gap", "source", "source_0", "source_1"]
+Classes = Mapping[str, Sequence[str]]
 ROWS = 64  # a row group
 
 
-def read(path: Path) -> Rows:
+def read(path: Path, reading: Reading) -> Rows:
     files = parquet_files(path)
-    folder = path if path.is_dir() else path.parent
     if files and path.suffix not in (".jsonl", ".csv"):
-        return turned(parquet_rows(files, NAMES), lambda row: _made(row, lambda cell, source: picture_in(cell, source, folder)))
+        return splits.chosen(files, path, reading, partial(_stored_in, root=path if path.is_dir() else path.parent, reading=reading))
     tables = [path] if path.is_file() else [file for name in ("metadata.jsonl", "metadata.csv") for file in sorted(path.rglob(name))]
     if not tables:
         raise UserError(f"{path}: there is no .parquet, metadata.jsonl or metadata.csv in it")
-    return chain.from_iterable(map(_listed_in, tables))
+    return splits.chosen(tables, path, reading, partial(_listed_in, reading=reading))
 
 
-def _listed_in(table: Path) -> Rows:
+def _stored_in(file: Path, root: Path, reading: Reading) -> Rows:
+    """The rows of one Parquet file."""
+    try:
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException):
+        schema = pa.schema([])  # the rows' reader says what is wrong with it
+    reading.met.update(dict.fromkeys(schema.names))
+    classes = classes_of(schema)
+    return turned(parquet_rows([file], [*NAMES, *reading.columns.values()]), lambda row: _made(row, root, reading, classes))
+
+
+def classes_of(schema: pa.Schema) -> dict[str, list[str]]:
+    """Column -> the names of its classes, which its whole numbers count from 0: what `datasets` wrote into the schema's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: list(map(str, one["names"])) for name, one in features.items() if isinstance(one, dict) and one.get("_type") == "ClassLabel"}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _listed_in(table: Path, reading: Reading) -> Rows:
     """The rows of one metadata file."""
     rows: Any = csv_rows(table) if table.suffix == ".csv" else json_lines(table)
-    return turned(rows, lambda row: _made(_columns(row), lambda cell, _: picture_at(table.parent, cell)))
+    return turned(rows, lambda row: _made(row, table.parent, reading, {}))
 
 
-def _columns(row: dict) -> dict:
-    """A row of a metadata file under the names of its features: file_name is image, X_file_name is X."""
-    named = {"image" if name == "file_name" else name.removesuffix("_file_name"): value for name, value in row.items()}
-    return {name: _value(name, value) for name, value in named.items()}
+def _made(row: dict, folder: Path, reading: Reading, classes: Classes) -> Made:
+    cells = reading.cells(row, _plain)
+    splits.of_row(cells, reading)
+    ours = {theirs: name for name, theirs in reading.columns.items()}
+    return made_of(cells, partial(picture_of, folder), {ours.get(name, name): names for name, names in classes.items()})
 
 
-def _value(name: str, value: Any) -> Any:
-    """A cell of a CSV file as what it stands for; other cells as they are."""
-    if not isinstance(value, str) or name not in ("label", "label_0", "label_1", "prefer_0", "prefer_1", "has_label", "gap"):
-        return None if value == "" else value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    try:
-        return float(value) if value else None
-    except ValueError:
-        raise Refused(f"{name} is not a number", value[:80]) from None
+def picture_of(folder: Path, cell: Any, name: str | None) -> Picture:
+    """The picture of a cell: bytes, a struct of bytes and path, or the name of a file below the folder."""
+    return picture_at(folder, cell) if isinstance(cell, str) else picture_in(cell, name, folder)
 
 
-def _made(row: dict, picture: Any) -> Made:
-    prompt = text_of(row, *PROMPT)
-    for names in DECIDED:
-        if all(row.get(name) is not None for name in names):
-            first, second = (picture(row[name], None) for name in names)
-            return Comparison(prompt, first, second, 1.0, row.get("annotator"), _number(row.get("gap")), row.get("source"))
-    for names in SIDES:
-        if all(row.get(name) is not None for name in names):
-            first, second = (picture(row[name], row.get(f"source_{i}")) for i, name in enumerate(names))
-            return Comparison(prompt, first, second, _label(row), row.get("annotator"), _number(row.get("gap")), row.get("source"))
-    if row.get("image") is None:
-        raise Refused("there are no pictures under names that are known", ", ".join(row))
-    found: Picture = picture(row["image"], None)
-    return Single(prompt, found)
-
-
-def _label(row: dict) -> float | None:
-    if row.get("prefer_0") is not None and row.get("prefer_1") is not None:
-        row = {**row, "label_0": float(bool(row["prefer_0"])), "label_1": float(bool(row["prefer_1"]))}
-        if row["label_0"] == row["label_1"]:
-            return 0.5 if row["label_0"] else None
-    if row.get("label_0") is not None:
-        return label_of(row)
-    return _number(row.get("label"))
-
-
-def _number(value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise Refused("a label or gap is not a number", repr(value)[:80])
-    return None if value is None else float(value)
+def _plain(name: str) -> str:
+    """The name of the feature that a metadata file's column fills: file_name is image, X_file_name is X."""
+    return "image" if name == "file_name" else name.removesuffix("_file_name")
 
 
 def schema() -> pa.Schema:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import MORE, Comparison, Format, Losses, Refused, Rows, Single, turned
+from fashiondpo_pipeline.formats import MORE, Comparison, Format, Losses, Reading, Refused, Rows, Single, turned
 from fashiondpo_pipeline.formats.files import Pictures, comparisons, in_pairs, json_lines, picture_at, text_of
 from fashiondpo_pipeline.pairsets import PairSet
 
@@ -24,9 +24,9 @@ def metadata_of(path: Path) -> Path:
     return file
 
 
-def read_preferences(path: Path) -> Rows:
+def read_preferences(path: Path, reading: Reading) -> Rows:
     file = metadata_of(path)
-    return turned(json_lines(file), lambda row: _comparison(row, file.parent))
+    return turned(json_lines(file), lambda row: _comparison(reading.cells(row), file.parent))
 
 
 def _comparison(row: dict, folder: Path) -> Comparison:
@@ -37,9 +37,9 @@ def _comparison(row: dict, folder: Path) -> Comparison:
     return Comparison(text_of(row, "prompt"), first, second, _LABELS[prefer])
 
 
-def read_captions(path: Path) -> Rows:
+def read_captions(path: Path, reading: Reading) -> Rows:
     file = metadata_of(path)
-    return turned(json_lines(file), lambda row: _captioned(row, file.parent))
+    return turned(json_lines(file), lambda row: _captioned(reading.cells(row), file.parent))
 
 
 def _captioned(row: dict, folder: Path) -> Single:

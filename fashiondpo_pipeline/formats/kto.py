@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import Format, Losses, Refused, Rows, Single, turned
+from fashiondpo_pipeline.formats import Format, Losses, Reading, Refused, Rows, Single, turned
 from fashiondpo_pipeline.formats.files import LOST, WON, Pictures, comparisons, csv_rows, decided, picture_at, standing, text_of, write_csv
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
 
@@ -18,14 +18,14 @@ NAME = "train_processed_v3.csv"
 THUMBS = {"exclusive_win": True, "exclusive_lose": False, "intersections": None}
 
 
-def read(path: Path) -> Rows:
+def read(path: Path, reading: Reading) -> Rows:
     file = path / NAME if (path / NAME).is_file() else path
     if file.is_dir():
         tables = sorted(file.glob("*.csv"))
         if len(tables) != 1:
             raise UserError(f"{path}: there is no {NAME} in it, and {len(tables)} other .csv files: name the one that is meant")
         file = tables[0]
-    return turned(csv_rows(file), lambda row: _single(row, file.parent))
+    return turned(csv_rows(file), lambda row: _single(reading.cells(row), file.parent))
 
 
 def _single(row: dict[str, str], folder: Path) -> Single:

@@ -1,18 +1,18 @@
 """Pick-a-Pic v2 (Kirstain et al. 2023, 2305.01569): Parquet, one row a comparison, both pictures as JPEG bytes in it.
 
-label_0 and label_1 add up to 1: 1 and 0, or one half each for a tie; where `has_label` is false nobody has chosen. The best picture's
-id (`best_image_uid`) says nothing that the labels do not, and is not read.
+label_0 and label_1 add up to 1: 1 and 0, or one half each for a tie; one of them is enough. Where `has_label` is false nobody has chosen.
+The best picture's id (`best_image_uid`) says nothing that the labels do not, and is not read.
 """
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import Comparison, Format, Losses, Refused, Rows, turned
+from fashiondpo_pipeline.formats import Comparison, Format, Losses, Reading, Rows, meaning, splits, turned
 from fashiondpo_pipeline.formats.files import comparisons, in_pairs, parquet_files, parquet_rows, picture_in, text_of
 from fashiondpo_pipeline.pairsets import PairSet
 
@@ -27,30 +27,29 @@ SCHEMA = pa.schema([
 ROWS = 64  # a row group
 
 
-def read(path: Path) -> Rows:
+def read(path: Path, reading: Reading) -> Rows:
     files = parquet_files(path)
     if not files:
         raise UserError(f"{path}: there is no .parquet file in it")
-    folder = path if path.is_dir() else path.parent
-    return turned(parquet_rows(files, COLUMNS), lambda row: _comparison(row, folder))
+    return splits.chosen(files, path, reading, partial(_rows_of, root=path if path.is_dir() else path.parent, reading=reading))
+
+
+def _rows_of(file: Path, root: Path, reading: Reading) -> Rows:
+    return turned(parquet_rows([file], [*COLUMNS, *reading.columns.values()]), lambda row: _comparison(reading.cells(row), root))
 
 
 def _comparison(row: dict, folder: Path) -> Comparison:
-    first, second = (picture_in(row.get(f"jpg_{i}"), row.get(f"image_{i}_uid"), folder) for i in (0, 1))
-    ids = {name: None if row.get(name) is None else str(row[name]) for name in ("ranking_id", "user_id")}
-    return Comparison(text_of(row, "caption"), first, second, label_of(row), ids["user_id"], None, ids["ranking_id"])
+    label = label_of(row)
+    first, second = (picture_in(row.get(f"jpg_{i}"), meaning.words(row.get(f"image_{i}_uid")), folder) for i in (0, 1))
+    ids = [meaning.words(row.get(name)) for name in ("user_id", "ranking_id")]
+    return Comparison(text_of(row, "caption"), first, second, label, ids[0], None, ids[1])
 
 
 def label_of(row: dict) -> float | None:
     """Preference for the first picture; None where nobody has chosen."""
-    if row.get("has_label") is False:
+    if meaning.truth("has_label", row.get("has_label")) is False:
         return None
-    labels: tuple[Any, Any] = row.get("label_0"), row.get("label_1")
-    if any(isinstance(label, bool) or not isinstance(label, int | float) for label in labels):
-        raise Refused("label_0 or label_1 is missing", labels)
-    if not all(0 <= label <= 1 for label in labels) or abs(sum(labels) - 1) > 1e-6:
-        raise Refused("label_0 and label_1 do not add up to 1", labels)
-    return float(labels[0])
+    return meaning.share_of_two(*(meaning.number(name, row.get(name)) for name in ("label_0", "label_1")))
 
 
 def write(pairs: PairSet, folder: Path, losses: Losses) -> Counter[str]:

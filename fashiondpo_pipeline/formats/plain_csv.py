@@ -1,7 +1,7 @@
 """A plain CSV: one row a comparison, pictures by their paths below the file's folder; what a spreadsheet opens without running anything.
 
 Columns: prompt, first, second, label (preference for the first: 1, 0, 0.5 a tie, empty where nobody has looked) and, where there are
-any, annotator, gap, source. `winner` and `loser` in the place of first, second and label are read too.
+any, annotator, gap, source. Other names are read too, such as winner and loser in the place of first, second and label: see `meaning`.
 """
 
 from collections import Counter
@@ -9,34 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import MORE, Comparison, Format, Losses, Refused, Rows, turned
-from fashiondpo_pipeline.formats.files import Pictures, comparisons, csv_rows, in_pairs, picture_at, text_of, write_csv
+from fashiondpo_pipeline.formats import MORE, Format, Losses, Made, Reading, Rows, splits, turned
+from fashiondpo_pipeline.formats.files import Pictures, comparisons, csv_rows, in_pairs, picture_at, write_csv
+from fashiondpo_pipeline.formats.meaning import made_of
 from fashiondpo_pipeline.pairsets import PairSet
 
 COLUMNS = ["prompt", "first", "second", "label", "annotator", "gap", "source"]
 
 
-def read(path: Path) -> Rows:
+def read(path: Path, reading: Reading) -> Rows:
     file = path / "pairs.csv" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file} is not there: name the file, or the folder that holds pairs.csv")
-    return turned(csv_rows(file), lambda row: _comparison(row, file.parent))
+    return turned(csv_rows(file), lambda row: _made(reading.cells(row), file.parent, reading))
 
 
-def _comparison(row: dict[str, str], folder: Path) -> Comparison:
-    decided = "winner" in row and "loser" in row
-    names = ("winner", "loser") if decided else ("first", "second")
-    first, second = (picture_at(folder, text_of(row, name)) for name in names)
-    label = 1.0 if decided else _number("label", row.get("label"))
-    return Comparison(text_of(row, "prompt", "caption"), first, second, label, row.get("annotator") or None, _number("gap", row.get("gap")),
-                      row.get("source") or None)
-
-
-def _number(name: str, text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise Refused(f"the {name} is not a number", str(text)[:80]) from None
+def _made(row: dict, folder: Path, reading: Reading) -> Made:
+    splits.of_row(row, reading)
+    return made_of(row, lambda cell, _: picture_at(folder, cell))
 
 
 def write(pairs: PairSet, folder: Path, losses: Losses) -> Counter[str]:

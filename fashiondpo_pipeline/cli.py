@@ -264,7 +264,7 @@ def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds;
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a .txt, .csv, .jsonl or .parquet")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a .txt, .csv, .tsv, .jsonl or .parquet")] = None,
     round: Annotated[int | None, typer.Option("--round", "-r", min=0, help="whose adapter; 0 is the base; default: the last finished round")] = None,
     count: Annotated[int, typer.Option("--count", "-k", min=1, help="pictures a prompt; picture i is drawn from seed + i")] = 4,
     seed: Annotated[int, typer.Option(help="as torch.Generator().manual_seed(seed + i) in diffusers")] = 0,
@@ -349,7 +349,7 @@ def export_pairs(
 
 @app.command("generate-sets")
 def generate_sets(
-    prompts: Annotated[Path, typer.Option("--prompts", metavar="FILE", help="a .txt, .csv, .jsonl or .parquet, as for prompts.file")],
+    prompts: Annotated[Path, typer.Option("--prompts", metavar="FILE", help="a .txt, .csv, .tsv, .jsonl or .parquet, as for prompts.file")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="the pair set's folder")],
     size: Annotated[int, typer.Option("--set-size", min=2, max=100, help="pictures a prompt; each two are a pair")] = 2,
     lora: Annotated[str | None, typer.Option("--lora", metavar="FILE", help="a style LoRA to draw with; as generator.lora")] = None,

@@ -93,7 +93,7 @@ class Prompts(Section):
 
     file: str = Field(
         "embedded:fashion_mini/prompts.parquet",
-        description=".txt (one prompt a line), .csv, .jsonl or .parquet with a column `prompt`",
+        description=".txt (one prompt a line), .csv, .tsv, .jsonl or .parquet with a column `prompt`",
     )
     held_out: Share = Field(0.2, description="share held out, by a hash of the prompt, where the file has no column `split`")
     most_train: int | None = Field(None, ge=1, description="use only so many training prompts; null: all")

@@ -264,7 +264,7 @@ def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds;
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a .txt, .csv, .tsv, .jsonl or .parquet")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a file, as for prompts.file")] = None,
     round: Annotated[int | None, typer.Option("--round", "-r", min=0, help="whose adapter; 0 is the base; default: the last finished round")] = None,
     count: Annotated[int, typer.Option("--count", "-k", min=1, help="pictures a prompt; picture i is drawn from seed + i")] = 4,
     seed: Annotated[int, typer.Option(help="as torch.Generator().manual_seed(seed + i) in diffusers")] = 0,

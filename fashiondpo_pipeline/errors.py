@@ -18,6 +18,9 @@ class Faults:
         self.count, self._first = 0, list[tuple[int, str]]()
 
     def add(self, number: int, text: str) -> None:
+        """One mistake; said twice, it counts once."""
+        if (number, text) in self._first:
+            return
         self.count += 1
         if len(self._first) < self.SHOWN:
             self._first.append((number, text))

@@ -227,7 +227,8 @@ def test_many_stray_quotes_cost_no_time_and_name_no_more_than_twenty(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "where"), [
-    ("p.csv", "prompt,style,style\na,x,y\n", ", line 1: the column 'style' is"), ("p.csv", "prompt,prompt\na,b\n", ", line 1: the column 'prompt' is"),
+    ("p.csv", "prompt,style,style\na,x,y\n", ", line 1: the column 'style' is"),
+    ("p.csv", "prompt,prompt\na,b\n", ", line 1: the column 'prompt' is"),
     ("p.jsonl", '{"prompt": "a", "prompt": "b"}', ", line 1: not JSON (the key 'prompt' is given"),
 ])
 def test_of_two_columns_of_one_name_none_wins(tmp_path, name, content, where):
@@ -239,8 +240,10 @@ def test_two_parquet_columns_of_one_name_are_named(tmp_path):
     assert refused(tmp_path / "p.parquet") == f"{tmp_path / 'p.parquet'}: the column 'prompt' is there twice; rename or drop one of them"
 
 
-@pytest.mark.parametrize(("name", "content"), [("p.csv", "prompt;colour\na red, warm dress;red\n"), ("p.csv", "prompt\tcolour\na red, warm dress\tred\n"),
-                                               ("p.tsv", "prompt\tcolour\na red, warm dress\tred\n"), ("P.CSV", 'prompt,colour,,\n"a red, warm dress",red,,\n,,,\n')])
+@pytest.mark.parametrize(("name", "content"), [
+    ("p.csv", "prompt;colour\na red, warm dress;red\n"), ("p.csv", "prompt\tcolour\na red, warm dress\tred\n"),
+    ("p.tsv", "prompt\tcolour\na red, warm dress\tred\n"), ("P.CSV", 'prompt,colour,,\n"a red, warm dress",red,,\n,,,\n'),
+])
 def test_a_table_is_read_as_spreadsheets_save_it(tmp_path, name, content):
     (row,) = everything(put(tmp_path, name, content), 0.0).values()
     assert (row["prompt"], row["colour"], sorted(row)) == ("a red, warm dress", "red", ["colour", "group", "prompt", "split"])
@@ -276,7 +279,8 @@ def test_what_a_cell_is_not_is_said_with_its_line(tmp_path, row, sentence):
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), [
-    ("p.csv", f"prompt\n{LONG}\n", "a cell is longer than 131,072 letters; shorten it"), ("p.txt", f"\n{LONG}", "the prompt is longer than 131,072 letters; shorten it"),
+    ("p.csv", f"prompt\n{LONG}\n", "a cell is longer than 131,072 letters; shorten it"),
+    ("p.txt", f"\n{LONG}", "the prompt is longer than 131,072 letters; shorten it"),
     ("p.jsonl", '\n{"prompt": "a", "n": ' + "[" * 5_000 + "]" * 5_000 + "}", "not JSON (it is nested more than 64 deep)"),
     ("p.jsonl", '\n{"prompt": "a", "n": ' + "[" * 70 + "]" * 70 + "}", "not JSON (it is nested more than 64 deep)"),
     ("p.txt", "\na\x0cb", "the prompt holds the control character U+000C; take it out"),

@@ -75,7 +75,7 @@ def question(template: str, row: Mapping, levels: int) -> str:
 
 _WORD = r"(?:final\s+)?(?:answer|category|level|grade|score|rating|quality)\b\s*(?:level\b|category\b|score\b)?\s*(?:is\b|[:=#])?\s*"
 _LEAD = rf"(?:the\s+)?(?:{_WORD}){{0,2}}"
-_NUMBER = re.compile(rf"^{_LEAD}(?P<dash>[-‐‑‒–—−]?)(?P<number>\d{1,9})(?![\w%])", re.IGNORECASE)  # noqa: RUF001 - dashes as people write them
+_NUMBER = re.compile(rf"^{_LEAD}(?P<dash>[-‐‑‒–—−]?)(?P<number>\d{{1,9}})(?![\w%])", re.IGNORECASE)  # noqa: RUF001 - dashes as people write them
 _SCALE = re.compile(r"^\s*(?:/|out\s+of|of)\s*(\d{1,9})(?![\w%])", re.IGNORECASE)
 _DASH = re.compile(r"^(\s*)[-–—](\s*)")  # noqa: RUF001
 _STOP = re.compile(r"^\s*(?:[:;,)\n]|\.(?!\d))\s*|^\s*\((?=\D)")

@@ -101,7 +101,7 @@ def read(path: Path) -> list[Answer]:
                             found["verdict"], tuple(found["pictures"]))
             if answer.verdict not in VERDICTS or answer.left == answer.right or len(answer.pictures) != 2:
                 raise ValueError(f"verdict {answer.verdict!r} of {answer.left} and {answer.right}")
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
             raise UserError(f"{path}, line {number + 1}: this is no answer ({problem}); take the line out or put it right") from problem
         standing[number] = answer
     return list(standing.values())

@@ -563,23 +563,29 @@ def _known(keys: list[str]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def template(config: Config | None = None) -> str:
-    """pipeline.yaml as text: every knob of `config` (the defaults if None) under a comment that says what it does."""
-    config = config or Config()
-    lines = ["# One run of `fdpo round`. Every knob is here with its default; delete what you do not change.",
-             "# `fdpo config` prints what is in force; `--set section.key=value` overrides one knob."]
+LINE = 110  # letters of a comment
+
+
+def template(config: Config | None = None, width: int | None = None) -> str:
+    """pipeline.yaml as text: every knob of `config` (the defaults if None) under a comment that says what it does.
+
+    width: of a terminal that it is to fit.
+    """
+    config, most, width = config or Config(), width or 10_000, min(width or LINE, LINE)
+    lines = _comment("One run of `fdpo round`. Every knob is here with its default; delete what you do not change.", "", width, "# ")
+    lines += _comment("`fdpo config` prints what is in force; `--set section.key=value` overrides one knob.", "", width, "# ")
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Section):
-            lines += ["", f"{name}:  # {_first_line(type(value))}"]
-            lines += _knobs(value, "  ")
+            lines += ["", *_headed(name, _first_line(type(value)), most), *_knobs(value, "  ", width)]
         elif name == "experts":
-            lines += ["", "experts:  # name -> kind and options, or null for none; `pair.weights` says which are rewarded, the rest is watched"]
+            about = "name -> kind and options, or null for none; `pair.weights` says which are rewarded, the rest is watched"
+            lines += ["", *_headed(name, about, most)]
             for expert, section in value.items():
                 lines += [f"  {expert}:", *_plain(section.model_dump(mode="json"), "    ")] if section else [f"  {expert}: null"]
         else:
             plain = config.model_dump(exclude_defaults=True)["by_round"] if name == "by_round" and value else value
-            lines += ["", *_comment(field.description, ""), f"{name}: {_scalar(plain)}"]
+            lines += ["", *_comment(field.description, "", width), f"{name}: {_scalar(plain)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -587,18 +593,24 @@ def _first_line(model: type) -> str:
     return (model.__doc__ or "").splitlines()[0]
 
 
-def _knobs(section: Section, indent: str) -> list[str]:
+def _headed(name: str, about: str, width: int) -> list[str]:
+    """A section's head, with what it is behind it, or above it where there is no place."""
+    line = f"{name}:  # {about}"
+    return [line] if len(line) <= width else [*_comment(about, "", min(width, LINE)), f"{name}:"]
+
+
+def _knobs(section: Section, indent: str, width: int) -> list[str]:
     lines = []
     for name, field in type(section).model_fields.items():
         value = section.model_dump(mode="json")[name]
-        lines += [*_comment(field.description or "", indent), f"{indent}{name}: {_scalar(value)}"]
+        lines += [*_comment(field.description or "", indent, width), f"{indent}{name}: {_scalar(value)}"]
     return lines
 
 
-def _comment(text: str | None, indent: str) -> list[str]:
+def _comment(text: str | None, indent: str, width: int, more: str = "#   ") -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text or "", 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+    return textwrap.wrap(text or "", width, initial_indent=f"{indent}# ", subsequent_indent=indent + more, break_long_words=False)
 
 
 def _plain(value: dict, indent: str) -> list[str]:

@@ -44,3 +44,9 @@ def disk_is_full(problem: BaseException) -> bool:
 def not_allowed(problem: BaseException) -> bool:
     """Whether the system refused a named file or folder: permissions, or a file system that is read-only."""
     return isinstance(problem, OSError) and problem.filename is not None and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def no_such_place(problem: BaseException) -> bool:
+    """Whether a named file or folder cannot be one: a name too long, links in a circle, a file where a folder should be or the reverse."""
+    return isinstance(problem, OSError) and problem.filename is not None and problem.errno in (
+        errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)

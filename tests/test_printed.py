@@ -41,9 +41,11 @@ COMMANDS = [
 
 
 @pytest.mark.slow
-def test_no_line_of_any_command_is_wider_than_the_terminal(finished, narrow):
+def test_no_line_of_any_command_is_wider_than_the_terminal(finished, narrow, monkeypatch):
     wide = {" ".join(args): lines for args in COMMANDS if (told := fdpo(*args)) and (lines := overlong(told.out + "\n" + told.err))}
     assert wide == {}
+    monkeypatch.delenv("COLUMNS")
+    assert all(overlong(works(*args).out) for args in COMMANDS if args[:2] == ("status", "--set")), "the situation is one that needs it"
 
 
 def test_a_wide_table_wraps_its_texts_and_puts_figures_in_blocks(narrow, capsys):

@@ -19,14 +19,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from fashiondpo_pipeline import seeds
+from fashiondpo_pipeline import foreign, seeds
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.workspace import read_parquet
+from fashiondpo_pipeline.foreign_tables import faults_of, rows_of
 
 VERDICTS = ("left", "right", "tie", "both_bad", "skip")
 MOST = 10_000  # pairs in a queue: more than people look at
@@ -103,7 +101,7 @@ def read(path: Path) -> list[Answer]:
                             found["verdict"], tuple(found["pictures"]))
             if answer.verdict not in VERDICTS or answer.left == answer.right or len(answer.pictures) != 2:
                 raise ValueError(f"verdict {answer.verdict!r} of {answer.left} and {answer.right}")
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
             raise UserError(f"{path}, line {number + 1}: this is no answer ({problem}); take the line out or put it right") from problem
         standing[number] = answer
     return list(standing.values())
@@ -276,21 +274,25 @@ def _duel(groups: pa.Array, row: int, first: int, second: int) -> Duel:
 
 
 def listed(path: Path, known: Mapping[str, set[int]]) -> list[Duel]:
-    """The pairs of a .csv, .jsonl or .parquet with group, first and second; known: group -> its candidates. Raises UserError."""
-    readers = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": lambda name: read_parquet(Path(name))}
-    if not path.is_file() or path.suffix not in readers:
-        raise UserError(f"{path}: a list of pairs is a .csv, .jsonl or .parquet file with the columns group, first and second")
-    try:
-        table = readers[path.suffix](str(path))
-    except pa.ArrowException as problem:
-        raise UserError(f"{path} cannot be read ({problem}): it should have the columns group, first and second") from problem
-    lacking = {"group", "first", "second"} - set(table.column_names)
-    if lacking:
-        raise UserError(f"{path}: no column {', '.join(sorted(lacking))}, only {', '.join(table.column_names)}")
-    found: dict[Duel, None] = {}
-    for number, row in enumerate(table.select(["group", "first", "second"]).to_pylist(), 1):
-        group, first, second = str(row["group"]), row["first"], row["second"]
-        if first == second or not {first, second} <= known.get(group, set()):
-            raise UserError(f"{path}, row {number}: '{group}' has no candidates {first} and {second} to compare; take the row out")
-        found[Duel(group, min(first, second), max(first, second))] = None
+    """The pairs of a .csv, .tsv, .jsonl or .parquet with group, first and second; known: group -> its candidates. Raises UserError."""
+    if not path.is_file() or path.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".parquet"):
+        raise UserError(f"{path}: a list of pairs is a .csv, .tsv, .jsonl or .parquet file with the columns group, first and second")
+    faults, found = faults_of(path), dict[Duel, None]()
+    for number, row in rows_of(path, ("group", "first", "second"), faults):
+        group, first, second = row.get("group"), _number(row.get("first")), _number(row.get("second"))
+        if first is None or second is None or isinstance(group, bool) or not isinstance(group, str | int):
+            faults.add(number, "it should say the group and two candidates' numbers, as first and second; put it right")
+        elif first == second or not {first, second} <= known.get(str(group), set()):
+            faults.add(number, f"'{foreign.seen(str(group))}' has no candidates {first} and {second} to compare; take it out")
+        else:
+            found[Duel(str(group), min(first, second), max(first, second))] = None
+    faults.check()
     return list(found)
+
+
+def _number(cell: Any) -> int | None:
+    """A candidate's number as a cell of any table says it; None: it is none."""
+    if isinstance(cell, str) and cell.strip().isascii() and cell.strip().isdigit() and len(cell) < 10:
+        return int(cell)
+    whole = isinstance(cell, int | float) and not isinstance(cell, bool) and 0 <= cell < 1 << 31 and int(cell) == cell
+    return int(cell) if whole else None

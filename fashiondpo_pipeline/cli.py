@@ -1,5 +1,6 @@
 """fdpo: parses, calls, prints. Nothing heavy is imported until a command needs it."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 import typer.core
 
 from fashiondpo_pipeline import __version__
-from fashiondpo_pipeline.errors import UserError, disk_is_full, not_allowed
+from fashiondpo_pipeline.errors import UserError, disk_is_full, no_such_place, not_allowed
 from fashiondpo_pipeline.processes import first_to_fail
 
 
@@ -23,9 +24,15 @@ class Commands(typer.core.TyperGroup):
             _fail(str(problem))
         except KeyboardInterrupt:  # here, as typer would end without a word
             _fail("interrupted: what was finished is kept; the same command goes on from there", code=130)
+        except MemoryError:
+            _fail("the memory is full: what was finished is kept; lower machine.batch or finetune.micro_batch, or end other programs, and run "
+                  "the same command again")
         except Exception as problem:
             if not_allowed(problem):
                 _fail(f"{problem.filename} is not ours to read or write ({problem.strerror}): work in a folder of your own, or mend its permissions")  # type: ignore[attr-defined]
+            if no_such_place(problem):
+                name = str(problem.filename)  # type: ignore[attr-defined]
+                _fail(f"{name if len(name) < 200 else name[:60] + '…'}: {problem.strerror}: name another place")  # type: ignore[attr-defined]
             if not disk_is_full(problem):
                 first_to_fail()  # so that the others end without a word
                 raise
@@ -36,7 +43,9 @@ class Commands(typer.core.TyperGroup):
 
 def _fail(message: str, code: int = 1) -> None:
     if first_to_fail():
-        print(f"fdpo: {message}", file=sys.stderr, flush=True)
+        from fashiondpo_pipeline.terminal import say
+
+        say(f"fdpo: {message}")
     sys.exit(code)
 
 
@@ -54,8 +63,21 @@ RunName = Annotated[str | None, typer.Option("--name", help="name of the run; it
 RoundNumber = Annotated[int | None, typer.Option("--round", "-r", min=1, help="which round; default: the last one there is")]
 
 
+
+
+def _not_n(rounds: int | None) -> None:
+    if rounds is not None:
+        raise UserError(f"--rounds is called --n: write --n {rounds}")
+
+
+NotN = Annotated[int | None, typer.Option("--rounds", hidden=True, callback=_not_n)]
+
+
 def main() -> None:
     """The command `fdpo`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal has not is shown by its number
     app()
 
 
@@ -90,6 +112,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def round(
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds the run has when this returns; default: as configured")] = None,
+    rounds: NotN = None,
     config: ConfigFile = None,
     sets: Sets = None,
     name: RunName = None,
@@ -252,6 +275,7 @@ def status(
 
 @app.command()
 def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds; default: as configured")] = None,
+         rounds: NotN = None,
          probe: Annotated[bool, typer.Option("--probe", help="do a little of each kind of work first: seconds, memory, pictures' bytes")] = False,
          config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
     """What a run will cost before anything runs: rows, bytes and denoiser forwards of each step; with --probe hours and memory too."""
@@ -264,7 +288,7 @@ def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds;
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="what to draw")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a .txt, .csv, .jsonl or .parquet")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="draw every prompt of a file, as for prompts.file")] = None,
     round: Annotated[int | None, typer.Option("--round", "-r", min=0, help="whose adapter; 0 is the base; default: the last finished round")] = None,
     count: Annotated[int, typer.Option("--count", "-k", min=1, help="pictures a prompt; picture i is drawn from seed + i")] = 4,
     seed: Annotated[int, typer.Option(help="as torch.Generator().manual_seed(seed + i) in diffusers")] = 0,
@@ -353,7 +377,7 @@ def export_pairs(
 
 @app.command("generate-sets")
 def generate_sets(
-    prompts: Annotated[Path, typer.Option("--prompts", metavar="FILE", help="a .txt, .csv, .jsonl or .parquet, as for prompts.file")],
+    prompts: Annotated[Path, typer.Option("--prompts", metavar="FILE", help="a .txt, .csv, .tsv, .jsonl or .parquet, as for prompts.file")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="the pair set's folder")],
     size: Annotated[int, typer.Option("--set-size", min=2, max=100, help="pictures a prompt; each two are a pair")] = 2,
     lora: Annotated[str | None, typer.Option("--lora", metavar="FILE", help="a style LoRA to draw with; as generator.lora")] = None,
@@ -372,8 +396,9 @@ def generate_sets(
 def show_config(config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
     """Print the configuration in force, every knob explained."""
     from fashiondpo_pipeline.config import template
+    from fashiondpo_pipeline.terminal import room
 
-    print(template(_config(config, sets, name)), end="")
+    print(template(_config(config, sets, name), room()), end="")
 
 
 @app.command()
@@ -386,6 +411,7 @@ def init(
     from fashiondpo_pipeline.config import template, validate
     from fashiondpo_pipeline.presets import PRESETS
     from fashiondpo_pipeline.registry import did_you_mean
+    from fashiondpo_pipeline.terminal import tell
     from fashiondpo_pipeline.workspace import replace_text
 
     if preset is not None and preset not in PRESETS:
@@ -395,7 +421,7 @@ def init(
         raise UserError(f"{path} is there already: name another folder (fdpo init DIR), or --force writes over it")
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(path, template(validate(PRESETS[preset], f"preset {preset}") if preset else None))
-    print(f"wrote {path}; next: " + ("your prompts into prompts.txt, then " if preset else "") + "fdpo plan, then fdpo round")
+    tell(f"wrote {path}; next: " + ("your prompts into prompts.txt, then " if preset else "") + "fdpo plan, then fdpo round")
 
 
 @app.command()

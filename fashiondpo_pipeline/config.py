@@ -1,7 +1,7 @@
 """pipeline.yaml as frozen pydantic models: every knob with its default, unit and usual range; all mistakes at once."""
 
 import copy
-import re
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
+from fashiondpo_pipeline import plain_yaml
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.foreign import seen
 from fashiondpo_pipeline.registry import did_you_mean
 
 
@@ -47,6 +49,22 @@ Objectives = Annotated[
     str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)],
     _only("an objective's name, or a mix of them with weights above 0, such as {step_dpo: 1, sft: 100}"),
 ]
+
+
+def _storable(value: Any) -> Any:
+    """Options as they can be written down. Raises ValueError for a key that is no text, and for numbers that are none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"should be finite numbers, not {value}")
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"a key must be text, not {_shown(key)}; put it in quotes")
+        _storable(inner)
+    for inner in value if isinstance(value, list | tuple) else ():
+        _storable(inner)
+    return value
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_storable)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Window = Annotated[
     list[Annotated[float, Field(ge=0, le=1)]],
@@ -93,7 +111,7 @@ class Prompts(Section):
 
     file: str = Field(
         "embedded:fashion_mini/prompts.parquet",
-        description=".txt (one prompt a line), .csv, .jsonl or .parquet with a column `prompt`",
+        description=".txt (one prompt a line), .csv, .tsv, .jsonl or .parquet with a column `prompt`",
     )
     held_out: Share = Field(0.2, description="share held out, by a hash of the prompt, where the file has no column `split`")
     most_train: int | None = Field(None, ge=1, description="use only so many training prompts; null: all")
@@ -142,7 +160,7 @@ class Expert(Section):
     """One opinion on pictures. `options` go to the expert's constructor."""
 
     use: str = Field(..., description="kind of expert: a built-in, a plug-in's name, or module:Class")
-    options: dict[str, Any] = Field(default_factory=dict, description="what the expert's constructor takes")
+    options: Options = Field(default_factory=dict, description="what the expert's constructor takes")
 
 
 class Score(Section):
@@ -201,7 +219,7 @@ class Finetune(Section):
         "or a mix: {step_dpo: 1, sft: 100}; sft is a bare error: at the start diffusion_dpo pulls a winner beta/4 times as hard; beside "
         "mapo, dspo or nft, which are made of errors too, its weight is 0.1 to 1"
     )
-    options: dict[str, Any] = Field(
+    options: Options = Field(
         default_factory=dict, description="what the objective takes beside beta, such as {label_smoothing: 0.1} (cdpo, robust_dpo; auto: the flip "
         "rate measured by score.repeat)"
     )
@@ -431,47 +449,6 @@ def _unfit(place: str, section: Section, own: dict[str, Any], refused: dict[str,
     return wrong
 
 
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 is a number (YAML 1.1 reads it as text), and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
-                continue  # refused or merged below
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: the key '{key}' is given twice; keep one of them")
-            seen[key] = True
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
-
-
-for _reader_or_writer in (_Loader, _Dumper):
-    _reader_or_writer.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value in a YAML text; `where` names it in an error."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except UserError as problem:
-        raise UserError(f"{where}: {problem}") from None
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        detail = getattr(problem, "problem", None) or str(problem).splitlines()[0]
-        raise UserError(f"{where}:{at} is not YAML ({detail})") from problem
-
-
 def load(path: Path | None, overrides: Sequence[str] = (), *, text: str | None = None) -> Config:
     """The configuration in a file (defaults where `path` is None) with `section.key=value` overrides laid over it.
 
@@ -480,14 +457,15 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, text: str | None =
     where = str(path) if path else "the defaults"
     if path is not None and text is None:
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                text = file.read(plain_yaml.MOST_LETTERS + 1)  # more is refused, and a device has no end
         except FileNotFoundError:
             raise UserError(f"there is no {path}: `fdpo init` writes one, --config names another") from None
         except OSError as problem:
             raise UserError(f"{path} cannot be read ({problem.strerror}): --config names a file") from None
         except UnicodeDecodeError as problem:
             raise UserError(f"{path} is not UTF-8 (byte {problem.start}): save it as UTF-8") from None
-    values = parse_yaml(text, where) if text else {}
+    values = plain_yaml.parse(text, where) if text else {}
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -523,7 +501,7 @@ def _override(values: dict, text: str) -> None:
         values = values[key]
         if not isinstance(values, dict):
             raise UserError(f"--set {text}: {'.'.join(map(str, keys[:depth + 1]))} is not a section")
-    values[keys[-1]] = parse_yaml(value, f"--set {text}")
+    values[keys[-1]] = plain_yaml.parse(value, f"--set {text}")
 
 
 def _default_of(keys: list[Any], values: dict) -> dict:
@@ -565,13 +543,13 @@ def in_words(error: Any) -> str:
 
 _WANTED = {
     "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "string_type": "text",
-    "list_type": "a list", "dict_type": "a section with keys", "model_type": "a section with keys",
+    "bool_type": "true or false", "list_type": "a list", "dict_type": "a section with keys", "model_type": "a section with keys",
 }
 
 
 def _shown(value: Any) -> str:
     """A value as people write it in YAML."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else seen(repr(value), 80)
 
 
 def _known(keys: list[str]) -> list[str]:
@@ -585,23 +563,29 @@ def _known(keys: list[str]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def template(config: Config | None = None) -> str:
-    """pipeline.yaml as text: every knob of `config` (the defaults if None) under a comment that says what it does."""
-    config = config or Config()
-    lines = ["# One run of `fdpo round`. Every knob is here with its default; delete what you do not change.",
-             "# `fdpo config` prints what is in force; `--set section.key=value` overrides one knob."]
+LINE = 110  # letters of a comment
+
+
+def template(config: Config | None = None, width: int | None = None) -> str:
+    """pipeline.yaml as text: every knob of `config` (the defaults if None) under a comment that says what it does.
+
+    width: of a terminal that it is to fit.
+    """
+    config, most, width = config or Config(), width or 10_000, min(width or LINE, LINE)
+    lines = _comment("One run of `fdpo round`. Every knob is here with its default; delete what you do not change.", "", width, "# ")
+    lines += _comment("`fdpo config` prints what is in force; `--set section.key=value` overrides one knob.", "", width, "# ")
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Section):
-            lines += ["", f"{name}:  # {_first_line(type(value))}"]
-            lines += _knobs(value, "  ")
+            lines += ["", *_headed(name, _first_line(type(value)), most), *_knobs(value, "  ", width)]
         elif name == "experts":
-            lines += ["", "experts:  # name -> kind and options, or null for none; `pair.weights` says which are rewarded, the rest is watched"]
+            about = "name -> kind and options, or null for none; `pair.weights` says which are rewarded, the rest is watched"
+            lines += ["", *_headed(name, about, most)]
             for expert, section in value.items():
                 lines += [f"  {expert}:", *_plain(section.model_dump(mode="json"), "    ")] if section else [f"  {expert}: null"]
         else:
             plain = config.model_dump(exclude_defaults=True)["by_round"] if name == "by_round" and value else value
-            lines += ["", *_comment(field.description, ""), f"{name}: {_scalar(plain)}"]
+            lines += ["", *_comment(field.description, "", width), f"{name}: {_scalar(plain)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -609,25 +593,31 @@ def _first_line(model: type) -> str:
     return (model.__doc__ or "").splitlines()[0]
 
 
-def _knobs(section: Section, indent: str) -> list[str]:
+def _headed(name: str, about: str, width: int) -> list[str]:
+    """A section's head, with what it is behind it, or above it where there is no place."""
+    line = f"{name}:  # {about}"
+    return [line] if len(line) <= width else [*_comment(about, "", min(width, LINE)), f"{name}:"]
+
+
+def _knobs(section: Section, indent: str, width: int) -> list[str]:
     lines = []
     for name, field in type(section).model_fields.items():
         value = section.model_dump(mode="json")[name]
-        lines += [*_comment(field.description or "", indent), f"{indent}{name}: {_scalar(value)}"]
+        lines += [*_comment(field.description or "", indent, width), f"{indent}{name}: {_scalar(value)}"]
     return lines
 
 
-def _comment(text: str | None, indent: str) -> list[str]:
+def _comment(text: str | None, indent: str, width: int, more: str = "#   ") -> list[str]:
     import textwrap
 
-    return textwrap.wrap(text or "", 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+    return textwrap.wrap(text or "", width, initial_indent=f"{indent}# ", subsequent_indent=indent + more, break_long_words=False)
 
 
 def _plain(value: dict, indent: str) -> list[str]:
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+    text = yaml.dump(value, Dumper=plain_yaml.Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
     return [indent + line for line in text.splitlines()]
 
 
 def _scalar(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(value, Dumper=plain_yaml.Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the terminal."""
+"""The one exception that is meant for the person at the terminal, and several mistakes said in one."""
 
 import errno
 import os
@@ -6,6 +6,34 @@ import os
 
 class UserError(Exception):
     """A mistake outside the program: one sentence saying what, where and what to do; shown without a traceback."""
+
+
+class Faults:
+    """The mistakes of one file, said together: the first SHOWN, each with its place, and how many more there are."""
+
+    SHOWN = 20
+
+    def __init__(self, where: object, unit: str = "line"):
+        self.where, self.unit = where, unit
+        self.count, self._first = 0, list[tuple[int, str]]()
+
+    def add(self, number: int, text: str) -> None:
+        """One mistake; said twice, it counts once."""
+        if (number, text) in self._first:
+            return
+        self.count += 1
+        if len(self._first) < self.SHOWN:
+            self._first.append((number, text))
+
+    def check(self) -> None:
+        """Raises UserError if anything was added."""
+        if self.count == 1:
+            number, text = self._first[0]
+            raise UserError(f"{self.where}, {self.unit} {number}: {text}")
+        if self.count:
+            more = [f"and {self.count - self.SHOWN:,} more"] if self.count > self.SHOWN else []
+            lines = [f"{self.unit} {number}: {text}" for number, text in sorted(self._first)] + more
+            raise UserError("\n  ".join([f"{self.where}: {self.count:,} things do not fit", *lines]))
 
 
 def disk_is_full(problem: BaseException) -> bool:
@@ -16,3 +44,9 @@ def disk_is_full(problem: BaseException) -> bool:
 def not_allowed(problem: BaseException) -> bool:
     """Whether the system refused a named file or folder: permissions, or a file system that is read-only."""
     return isinstance(problem, OSError) and problem.filename is not None and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def no_such_place(problem: BaseException) -> bool:
+    """Whether a named file or folder cannot be one: a name too long, links in a circle, a file where a folder should be or the reverse."""
+    return isinstance(problem, OSError) and problem.filename is not None and problem.errno in (
+        errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)

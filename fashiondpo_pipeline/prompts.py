@@ -1,27 +1,22 @@
-"""What to draw: prompts from .txt, .csv, .jsonl or .parquet, with a key each and a split that never changes by itself."""
+"""What to draw: prompts from .txt, .csv, .tsv, .jsonl or .parquet, with a key each and a split that never changes by itself."""
 
-import csv
 import hashlib
-import io
-import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from fashiondpo_pipeline import foreign
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.foreign_tables import KINDS, faults_of, rows_of
 from fashiondpo_pipeline.identity import canonical, fingerprint
 from fashiondpo_pipeline.remembered import remembered
 from fashiondpo_pipeline.seeds import key
-from fashiondpo_pipeline.workspace import read_parquet
 
 TRAIN, HELD_OUT = "train", "held-out"
-MEANING = 1  # raised when `read` or an identity means something else: what was remembered is then forgotten
-KINDS = (".txt", ".csv", ".jsonl", ".parquet")
+MEANING = 2  # raised when `read` or an identity means something else: what was remembered is then forgotten
 
 
 class Prompts:
@@ -73,29 +68,70 @@ def _one_split(rows: Callable[[], dict[str, list[dict]]], split: str) -> list[di
 
 
 def read(path: Path, held_out: float = 0.2) -> dict[str, Prompts]:
-    """{"train": ..., "held-out": ...}. Raises UserError for an unreadable file, an empty prompt, or a key given twice.
+    """{"train": ..., "held-out": ...}. Raises UserError for an unreadable file, and for all lines together that do not fit.
 
     Without a column `split` a prompt is held out if the hash of its text falls below `held_out`: adding prompts
     never moves another one across. Without a column `group` the key is made from the text.
     """
-    rows = _read_rows(path)
-    if not rows:
-        raise UserError(f"{path}: there is no prompt in it; write one a line")
+    faults = faults_of(path)
     seen: dict[str, int] = {}
     splits: dict[str, list[dict]] = {TRAIN: [], HELD_OUT: []}
-    for number, row in rows:
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}, line {number}: the prompt is empty; fill it or take the line out")
+    if not path.is_file():
+        raise UserError(f"prompts.file: there is no file {path}; check the path (relative ones start in the working folder)")
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"prompts.file: {path.name} is none of {', '.join(KINDS)}; save it as one of them")
+    for number, row in rows_of(path, ("prompt",), faults):
+        if fault := _fault(row):
+            faults.add(number, fault)
+            continue
+        prompt = row["prompt"]
         group = slug(prompt) if row.get("group") in (None, "") else str(row["group"])
         if group in seen:
-            raise UserError(f"{path}, line {number}: '{group}' was given in line {seen[group]}; take one of them out")
+            faults.add(number, f"'{group}' was given in {faults.unit} {seen[group]}; take one of them out")
+            continue
         seen[group] = number
         split = row.get("split") or (HELD_OUT if key("held-out", prompt) / 2**63 < held_out else TRAIN)
-        if split not in splits:
-            raise UserError(f"{path}, line {number}: split '{split}' is not one of '{TRAIN}', '{HELD_OUT}'")
         splits[split].append({**row, "group": group, "prompt": prompt, "split": split})
+    faults.check()
+    if not seen:
+        raise UserError(f"{path}: there is no prompt in it; write one a line")
     return {split: Prompts(found) for split, found in splits.items()}
+
+
+def _fault(row: Mapping[str, Any]) -> str | None:
+    """What of a row's cells is not what it should be, and what to do."""
+    prompt, group, split = row.get("prompt"), row.get("group"), row.get("split")
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        return "the prompt is empty; fill it or take the line out"
+    if not isinstance(prompt, str):
+        return f"the prompt is {_kind(prompt)}, not text; put it in quotes"
+    if group is not None and (isinstance(group, bool) or not isinstance(group, str | int | float) or group != group):
+        return f"the group is {_kind(group)}, not text; put its key in quotes"
+    if split not in (None, "") and not (isinstance(split, str) and split in (TRAIN, HELD_OUT)):
+        return f"split {_shown(split)} is not one of '{TRAIN}', '{HELD_OUT}'"
+    for name, cell in row.items():
+        if isinstance(cell, str) and len(cell) > foreign.MOST_LETTERS:
+            return f"the {name} is longer than {foreign.MOST_LETTERS:,} letters; shorten it"
+        if foreign.depth(cell) > foreign.DEPTH:
+            return f"the {name} is nested more than {foreign.DEPTH} deep; flatten it"
+        if odd := next(filter(None, map(foreign.oddity, foreign.texts({name: cell}))), None):
+            return f"the {foreign.seen(name)} holds {odd}; take it out"
+    return None
+
+
+def _kind(value: Any) -> str:
+    """What a cell is, where text was wanted.
+
+    >>> _kind(3), _kind(["a"])
+    ('a number (3)', "a list (['a'])")
+    """
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
+    return f"{names.get(type(value), type(value).__name__)} ({_shown(value)})"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _plain(value: Any) -> Any:
@@ -114,41 +150,3 @@ def slug(prompt: str) -> str:
     """A short readable key of a prompt; the hash keeps prompts apart that read alike."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
     return f"{words or 'prompt'}-{fingerprint(prompt)[:6]}"
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict]]:
-    """(line number, row) of each prompt in the file."""
-    if not path.is_file():
-        raise UserError(f"prompts.file: there is no file {path}; check the path (relative ones start in the working folder)")
-    if path.suffix not in KINDS:
-        raise UserError(f"prompts.file: {path.name} is none of {', '.join(KINDS)}; save it as one of them")
-    if path.suffix == ".parquet":
-        table = read_parquet(path)
-        if "prompt" not in table.column_names:
-            raise UserError(f"{path}: no column 'prompt', only {', '.join(table.column_names)}; rename one")
-        light = [name for name in table.column_names if not pa.types.is_binary(table.schema.field(name).type)]
-        return list(enumerate(table.select(light).to_pylist(), 1))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        line = path.read_bytes()[: problem.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 (byte {problem.start}); save the file as UTF-8") from None
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]  # splitlines knows more ends than editors
-    if path.suffix == ".txt":
-        return [(n, {"prompt": line.strip()}) for n, line in lines]
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        if "prompt" not in (reader.fieldnames or []):
-            raise UserError(f"{path}: no column 'prompt' in its first line; name the columns there")
-        return [(reader.line_num, {k: v for k, v in row.items() if k}) for row in reader]
-    return [(n, _json_row(path, n, line)) for n, line in lines]
-
-
-def _json_row(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as problem:
-        raise UserError(f"{path}, line {number}: not JSON ({problem})") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{path}, line {number}: expected an object such as {{"prompt": "a red dress"}}')
-    return row

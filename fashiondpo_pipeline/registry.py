@@ -22,10 +22,11 @@ class Registry:
     """A table of name -> "module:attribute", widened by an entry-point group and by "module:attribute" in a config.
 
     A module that only a configuration names is imported if it is trusted (`trust.py`), and what it holds is taken if it keeps `contract`.
+    `meant`: what to say of a name that people write and that is none.
     """
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, str], contract: Contract | None = None):
-        self.kind, self.group, self.builtin, self.contract = kind, group, builtin, contract
+    def __init__(self, kind: str, group: str, builtin: dict[str, str], contract: Contract | None = None, meant: dict[str, str] | None = None):
+        self.kind, self.group, self.builtin, self.contract, self.meant = kind, group, builtin, contract, meant or {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -57,7 +58,7 @@ class Registry:
             return name
         target = self.names().get(name)
         if target is None:
-            raise UserError(f"no {self.kind} called '{name}'; {did_you_mean(name, list(self.names()))}")
+            raise UserError(f"no {self.kind} called '{name}'; {self.meant.get(name) or did_you_mean(name, list(self.names()))}")
         return target
 
     def find(self, name: str) -> Any:
@@ -141,4 +142,5 @@ OBJECTIVES = Registry(
                      "dspo", "capo", "anchor", "kto", "nft", "plackett_luce", "rankdpo", "dgpo")
     },
     lambda found: None if type(found).__name__ == "Objective" else f"it is a {type(found).__name__}, not an objectives.Objective",
+    {"dpo": "write step_dpo (log-probabilities of the steps taken) or diffusion_dpo (errors)"},
 )

@@ -1,16 +1,20 @@
 """What the person at the terminal sees: lines on stderr, a bar while something runs, tables on stdout."""
 
-import sys
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 Item = TypeVar("Item")
+MINIMUM, WORD = 12, 34  # letters that a column of texts has at least: so many, or its longest word up to so many
+_WORDS = {False: re.compile(r"(?:`[^`]*`|\S)+"), True: re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")}  # of a sentence, of a command
 EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
 stdout = Console(soft_wrap=True, highlight=False, markup=False)
@@ -18,7 +22,14 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
 def say(text: str) -> None:
-    stderr.print(text)
+    """A line on stderr, or several where it is wider than the terminal."""
+    there = stderr.is_terminal or "COLUMNS" in os.environ
+    stderr.print(fitted(text, stderr.width if there else None))
+
+
+def tell(text: str) -> None:
+    """The same on stdout."""
+    print(fitted(text, room()))
 
 
 def _one(item: Any) -> int:
@@ -55,20 +66,84 @@ def _track_by_lines(items: Iterable[Item], text: str, total: int, done: int, uni
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: bool = True) -> None:
-    """A table on stdout; every column but the first right-aligned."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or not right else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    whole = Measurement.get(stdout, stdout.options.update_width(10_000), table).maximum
-    # wider than the terminal where the table is: lines break there, while rich would cut figures
-    Console(width=max(width(), whole), soft_wrap=True, highlight=False, markup=False).print(table)
+    """A table on stdout; every column but the first right-aligned. Where it is wider than the terminal, texts wrap in their
+    columns, and columns that still find no place stand below the others, each block with the first column.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    most = room()
+    for number, block in enumerate(_blocks(columns, cells, most)):
+        table = Table(title=title if title and not number else None, title_justify="left", box=None, pad_edge=False, header_style="bold",
+                      title_style="bold")
+        for at in block:
+            least, whole = _widths(columns, cells, at)
+            table.add_column(columns[at], justify="left" if at == 0 or not right else "right", overflow="fold",
+                             no_wrap=most is None or least == whole, min_width=None if most is None else min(least, most))
+        for row in cells:
+            table.add_row(*(row[at] for at in block))
+        whole = Measurement.get(stdout, stdout.options.update_width(10_000), table).maximum
+        Console(width=most or max(width(), whole), soft_wrap=most is None, highlight=False, markup=False).print(table)
+
+
+def _blocks(columns: Sequence[str], cells: Sequence[Sequence[str]], most: int | None) -> list[list[int]]:
+    """Which columns stand beside each other."""
+    if most is None:
+        return [list(range(len(columns)))]
+    first, blocks = _widths(columns, cells, 0)[0], [[0]]
+    taken = first
+    for at in range(1, len(columns)):
+        least = 2 + _widths(columns, cells, at)[0]
+        if taken + least > most and len(blocks[-1]) > 1:
+            blocks, taken = [*blocks, [0]], first
+        blocks[-1].append(at)
+        taken += least
+    return blocks
+
+
+def _widths(columns: Sequence[str], cells: Sequence[Sequence[str]], at: int) -> tuple[int, int]:
+    """(least, whole) width of a column: text may wrap, a figure and a word of up to WORD letters may not."""
+    there = [columns[at], *(row[at] for row in cells)]
+    whole, word = max(map(cell_len, there)), max((cell_len(word) for cell in there for word in cell.split()), default=0)
+    return min(whole, max(min(word, WORD), MINIMUM)), whole
+
+
+def room() -> int | None:
+    """Letters in a line of stdout where it is a terminal, or where $COLUMNS says so; None: lines are as long as they are."""
+    return stdout.width if stdout.is_terminal or "COLUMNS" in os.environ else None
 
 
 def width() -> int:
-    """Letters in a line of stdout; plenty where it is no terminal."""
-    return stdout.width if sys.stdout.isatty() else 200
+    """The same; plenty where it is no terminal."""
+    return room() or 200
+
+
+def fitted(text: str, most: int | None) -> str:
+    """Text in lines of at most `most` letters, broken at blanks; longer words, such as paths, and what stands in backticks stay whole.
+
+    A command to be copied (after `next: `) is broken as a shell understands it.
+
+    >>> print(fitted("round 1: run `fdpo round` first", 16))
+    round 1: run
+      `fdpo round`
+      first
+    >>> print(fitted("next: fdpo generate 'a red dress' --round 3", 30))
+    next: fdpo generate \\
+        'a red dress' --round 3
+    """
+    return text if most is None else "\n".join(_fitted(line, most) for line in text.split("\n"))
+
+
+def _fitted(line: str, most: int) -> str:
+    if cell_len(line) <= most:
+        return line
+    indent, command = re.match(r" *", line)[0], line.startswith("next: fdpo ") and ", " not in line  # type: ignore[index]
+    words, tail, more = _WORDS[command].findall(line), " \\" if command else "", " " * (4 if command else 2)
+    lines, now = [], indent
+    for word in words:
+        if now.strip() and cell_len(now) + 1 + cell_len(word) + len(tail) > most:
+            lines.append(now + tail)
+            now = indent + more
+        now += (" " if now.strip() else "") + word
+    return "\n".join([*lines, now])
 
 
 def size(count: float) -> str:

@@ -350,6 +350,10 @@ class Session:
     def output(self, step: Step) -> Output:
         """A done step's folder. Raises UserError if it has not been run."""
         if not self.run.done(step):
+            there = max((int(path.name.removeprefix("round-")) for path in self.run.root.glob("round-[0-9]*")), default=0)
+            if step.round > there > 0 and "pairs" not in step.args:
+                raise UserError(f"there is no round {step.round}: {self.run.root} has {there} round{'' if there == 1 else 's'}; "
+                                f"`{self.command('round', '--n', step.round)}` makes more")
             makes = self.command("finetune", "--pairs", step.args["pairs"]) if "pairs" in step.args else self.command("round")
             raise UserError(f"round {step.round}: {step.name} has not been run with these settings; `{makes}` makes it")
         return self.run.output(step)

@@ -8,7 +8,7 @@ from fashiondpo_pipeline import experts
 from fashiondpo_pipeline.config import Config
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts.listing import Kind, Weights, kinds, weights
-from fashiondpo_pipeline.terminal import show
+from fashiondpo_pipeline.terminal import show, tell
 
 
 def run(config: Config, as_json: bool) -> None:
@@ -17,12 +17,22 @@ def run(config: Config, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"kinds": [_plain(kind) for kind in known], "experts": used}, indent=1, ensure_ascii=False))
         return
-    rows = [[kind.name, kind.origin, ", ".join(kind.needs), kind.version or "", _range(kind.range), _options(kind.options)] for kind in known]
-    show("kinds (`use`)", ["", "from", "needs", "version", "range", "options"], rows, right=False)
+    tell("kinds (`use`)")
+    for kind in known:
+        tell(_about(kind))
     lines = [row for one in used for row in _lines(one)]
     show(f"experts of {config.name}", ["", "use", "weight", "version", "needs", "reads", ""], lines, right=False)
     for fault in dict.fromkeys([*(kind.fault for kind in known if kind.fault), *(one["fault"] for one in used if "fault" in one)]):
-        print(fault)
+        tell(fault)
+
+
+def _about(kind: Kind) -> str:
+    """One kind in a few lines: what it measures, what it needs, which options it takes."""
+    if kind.fault:
+        return f"  {kind.name}\n    {kind.origin} · cannot be used: see below"
+    facts = [kind.origin, f"version {kind.version}" if kind.version else "", f"needs {', '.join(kind.needs)}", f"range {_range(kind.range)}"]
+    options = [f"    options {_options(kind.options)}"] if kind.options else []
+    return "\n".join([f"  {kind.name}: {kind.about.rstrip(':')}", f"    {' · '.join(filter(None, facts))}", *options])
 
 
 def _used(config: Config, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from fashiondpo_pipeline.codecs import encode_png
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.later import Later
+from fashiondpo_pipeline.foreign import oddity
 from fashiondpo_pipeline.prompts import read, slug
 from fashiondpo_pipeline.workspace import Step
 from stages import Session
@@ -49,6 +50,8 @@ def prompts_of(prompt: str | None, file: Path | None) -> list[str]:
         return list(dict.fromkeys(row["prompt"] for split in read(file, 0.0).values() for row in split.rows))
     if not prompt or not prompt.strip():
         raise UserError("the prompt is empty: say what to draw")
+    if odd := oddity(prompt):
+        raise UserError(f"the prompt holds {odd}: take it out")
     return [prompt]
 
 

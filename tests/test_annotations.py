@@ -254,20 +254,29 @@ def test_a_list_of_pairs_in_every_form(tmp_path):
     (tmp_path / "a.csv").write_text("group,first,second\ng,1,0\ng,0,1\nh,1,2\n")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in table.to_pylist()))
     known = {"g": {0, 1}, "h": {1, 2}}
-    for name in ("a.parquet", "a.csv", "a.jsonl"):
+    (tmp_path / "a.tsv").write_text("group\tfirst\tsecond\ng\t1\t0\nh\t1\t2\n")
+    for name in ("a.parquet", "a.csv", "a.tsv", "a.jsonl"):
         assert annotations.listed(tmp_path / name, known) == [Duel("g", 0, 1), Duel("h", 1, 2)]
+
+
+def test_a_key_of_digits_stays_as_it_is_written(tmp_path):
+    (tmp_path / "a.csv").write_text("group,first,second\n007,1,0\n")
+    assert annotations.listed(tmp_path / "a.csv", {"007": {0, 1}, "7": {0, 1}}) == [Duel("007", 0, 1)]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("a.csv", "group,first\ng,1\n", "no column second, only group, first"),
-        ("a.csv", "group,first,second\ng,0,1\ng,0,7\n", "row 2: 'g' has no candidates 0 and 7 to compare; take the row out"),
-        ("a.csv", "group,first,second\nx,0,1\n", "row 1: 'x' has no candidates 0 and 1 to compare"),
-        ("a.csv", "group,first,second\ng,1,1\n", "row 1: 'g' has no candidates 1 and 1 to compare"),
-        ("a.csv", "", "cannot be read"),
+        ("a.csv", "group,first\ng,1\n", "no column 'second' in its first line, only group, first; name the columns there"),
+        ("a.csv", "group,first,second\ng,0,1\ng,0,7\n", "line 3: 'g' has no candidates 0 and 7 to compare; take it out"),
+        ("a.csv", "group,first,second\nx,0,1\n", "line 2: 'x' has no candidates 0 and 1 to compare"),
+        ("a.csv", "group,first,second\ng,1,1\n", "line 2: 'g' has no candidates 1 and 1 to compare"),
+        ("a.csv", "", "no column 'group', 'first', 'second' in its first line; name the columns there"),
+        *(("a.jsonl", json.dumps({"group": group, "first": first, "second": 1}), "line 1: it should say the group and two candidates' numbers")
+          for group, first in (("g", [0]), ("g", "x"), ("g", None), ("g", 0.5), ("g", True), ("g", 1e999), ("g", -1), ([], 0), (None, 0))),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSON \\(it is nested more than 64 deep\\); take it out|line 1: not JSON"),
         ("a.parquet", "no parquet", "cannot be read"),
-        ("a.txt", "g 0 1", "a list of pairs is a .csv, .jsonl or .parquet file with the columns group, first and second"),
+        ("a.txt", "g 0 1", "a list of pairs is a .csv, .tsv, .jsonl or .parquet file with the columns group, first and second"),
     ],
 )
 def test_a_list_that_is_none(tmp_path, name, text, why):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts import levels
 
 
@@ -30,6 +31,7 @@ def test_a_level_is_read(reply):
     "8th", "v8", "8x", "8-bit", "8+", "~8", ">8", "８", "8?", "8 is too much", "I would not give it an 8", "not 8",  # noqa: RUF001
     "8-High Quality", "8: Exceptional Quality", "5-Perfectly Compatible",  # another level's label, or none
     "Category 1 of 10: 9-High Quality", "On a scale of 1 to 10, 8", "<think>8",
+    '{"level": ' * 5_000, "[" * 100_000, '{"level": 8, "level": 8}', "9" * 5_000, '{"level": ' + "9" * 5_000 + "}", "8/" + "9" * 5_000,  # absurd
     '{"level": "8"}', '{"level": 8.0}', '{"level": true}', '{"level": 11}', '{"level": 8', '{"a": 8}', '{"level": 8, "other": 9}', "[8, 9]",
 ])
 def test_a_level_is_not_guessed(reply):
@@ -39,6 +41,16 @@ def test_a_level_is_not_guessed(reply):
 @given(st.text())
 def test_any_text_is_a_level_in_range_or_none(reply):
     assert levels.read_level(reply) in {None, *range(1, 11)}
+
+
+def test_a_reply_is_kept_as_a_table_can_hold_it():
+    assert levels.judged({}, "8 \ud800", 10, 0.5)[2] == "8 \\ud800"
+
+
+def test_a_template_in_another_encoding_is_a_sentence(tmp_path):
+    (tmp_path / "t.txt").write_bytes("grün {prompt}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"t\.txt is not UTF-8 \(byte 2\): save it as UTF-8"):
+        levels.template_of(None, str(tmp_path / "t.txt"))
 
 
 @given(st.integers(1, 10), st.integers(2, 10))

@@ -392,7 +392,7 @@ def test_agreement_in_words():
     ("args", "why"),
     [
         (("nonsense",), "nonsense is neither a run (a name, or a folder in runs/) nor a pair set (a folder with manifest.json)"),
-        (("--list", "none.csv"), "none.csv: a list of pairs is a .csv, .jsonl or .parquet file with the columns group, first and second"),
+        (("--list", "none.csv"), "none.csv: a list of pairs is a .csv, .tsv, .jsonl or .parquet file with the columns group, first and second"),
         (("--host", "256.0.0.1"), "cannot listen on 256.0.0.1, port 7860"),
     ],
 )

@@ -1,6 +1,5 @@
 """A client of OpenAI-compatible chat servers that gives up in time: deadlines, bounded retries, bounded calls."""
 
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.foreign import Unreadable, parse_json, seen
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that may be another next time
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
@@ -147,8 +147,8 @@ class Chat:
         if status != 200:
             raise NoAnswer(f"the server answered {status}")
         try:
-            answer = json.loads(content)
-        except ValueError:
+            answer = parse_json(content)
+        except Unreadable:
             raise _Unwell("the answer is not JSON") from None
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or not choices:
@@ -173,18 +173,19 @@ class _Unwell(Exception):
 def _seconds(retry_after: str | None) -> float:
     """Retry-After in seconds; 0 where there is none, or a date."""
     try:
-        return max(float(retry_after or 0), 0.0)
+        found = float(retry_after or 0)
     except ValueError:
         return 0.0
+    return found if found > 0 else 0.0  # which NaN is not
 
 
 def _detail(content: bytes) -> str:
     """What the server says of an error, in one short line."""
     text = content.decode("utf-8", "replace")
     try:
-        found = json.loads(text)
+        found = parse_json(text)
         found = found.get("error", found) if isinstance(found, dict) else found
         text = str(found.get("message", found) if isinstance(found, dict) else found)
-    except ValueError:
+    except Unreadable:
         pass
-    return " ".join(text.split())[:200] or "no reason given"
+    return seen(" ".join(text.split()), 200) or "no reason given"

@@ -1,6 +1,5 @@
 """Quality in levels, as a language model is asked for it and as its answer is read. Pure functions; FashionDPO (2504.12900)."""
 
-import json
 import math
 import re
 import string
@@ -12,6 +11,7 @@ import numpy as np
 
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.foreign import Unreadable, parse_json
 
 # The ten are FashionDPO's; the five are every second of them.
 TEN = ("Very Poor Quality", "Poor Quality", "Low Quality", "Below Average Quality", "Moderate Quality", "Above Average Quality",
@@ -45,7 +45,10 @@ def template_of(text: str | None, file: str | None) -> str:
         path = locate(file)
         if not path.is_file():
             raise UserError(f"template_file: there is no file {path}; check the path (relative ones start in the working folder)")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as problem:
+            raise UserError(f"template_file: {path} is not UTF-8 (byte {problem.start}): save it as UTF-8") from None
     text = TEMPLATE if text is None else text
     columns_of(text)
     return text
@@ -72,8 +75,8 @@ def question(template: str, row: Mapping, levels: int) -> str:
 
 _WORD = r"(?:final\s+)?(?:answer|category|level|grade|score|rating|quality)\b\s*(?:level\b|category\b|score\b)?\s*(?:is\b|[:=#])?\s*"
 _LEAD = rf"(?:the\s+)?(?:{_WORD}){{0,2}}"
-_NUMBER = re.compile(rf"^{_LEAD}(?P<dash>[-‐‑‒–—−]?)(?P<number>\d+)(?![\w%])", re.IGNORECASE)  # noqa: RUF001 - dashes as people write them
-_SCALE = re.compile(r"^\s*(?:/|out\s+of|of)\s*(\d+)(?![\w%])", re.IGNORECASE)
+_NUMBER = re.compile(rf"^{_LEAD}(?P<dash>[-‐‑‒–—−]?)(?P<number>\d{{1,9}})(?![\w%])", re.IGNORECASE)  # noqa: RUF001 - dashes as people write them
+_SCALE = re.compile(r"^\s*(?:/|out\s+of|of)\s*(\d{1,9})(?![\w%])", re.IGNORECASE)
 _DASH = re.compile(r"^(\s*)[-–—](\s*)")  # noqa: RUF001
 _STOP = re.compile(r"^\s*(?:[:;,)\n]|\.(?!\d))\s*|^\s*\((?=\D)")
 
@@ -111,8 +114,8 @@ def _bare(reply: str) -> str:
 
 def _from_json(text: str, levels: int) -> int | None:
     try:
-        answer = json.loads(text)
-    except ValueError:
+        answer = parse_json(text)
+    except Unreadable:
         return None
     level = answer.get("level") if isinstance(answer, dict) and len(answer) == 1 else None
     return level if type(level) is int and 1 <= level <= levels else None
@@ -149,7 +152,7 @@ def _label(words: str, levels: int) -> int | None:
 
 def judged(probabilities: Mapping[int, float], reply: str, levels: int, sure: float) -> tuple[float, str | None, str]:
     """(score, reason, reply): the expected level where the levels together have the probability `sure`, else the level read, else none."""
-    kept = reply if len(reply) <= REPLY else reply[:REPLY] + "…"
+    kept = (reply if len(reply) <= REPLY else reply[:REPLY] + "…").encode(errors="backslashreplace").decode()  # half characters fit no table
     if math.fsum(probabilities.values()) >= sure:
         return expected_level(probabilities), None, kept
     level = read_level(reply, levels)

@@ -125,5 +125,5 @@ def _reported(tokens: Any, reply: str, levels: int) -> dict[int, float]:
         return {}
     try:
         return quality.reported(tokens, reply, levels)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return {}

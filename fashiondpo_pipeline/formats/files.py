@@ -156,7 +156,10 @@ def parquet_rows(files: list[Path], columns: list[str]) -> Iterator[tuple[str, C
 
 
 def _row(batch: pa.RecordBatch, row: int) -> dict:
-    return batch.slice(row, 1).to_pylist()[0]
+    try:
+        return batch.slice(row, 1).to_pylist()[0]
+    except (ValueError, OverflowError, TypeError, pa.ArrowException) as problem:  # text that is not UTF-8, a date of the year 300000
+        raise Refused("a cell of the row cannot be read", str(problem)[:200]) from None
 
 
 def parquet_files(path: Path) -> list[Path]:

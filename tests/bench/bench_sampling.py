@@ -30,8 +30,8 @@ import peaks
 import pyarrow as pa
 import torch
 
-from fashiondpo_pipeline import schemas, terminal, timesteps
-from fashiondpo_pipeline.config import parse_yaml, validate
+from fashiondpo_pipeline import plain_yaml, schemas, terminal, timesteps
+from fashiondpo_pipeline.config import validate
 from fashiondpo_pipeline.sampling import Condition, Guidance, Trajectory, predict
 from fashiondpo_pipeline.workspace import write_parquet
 from stages import Session
@@ -95,7 +95,7 @@ class Work:
         write_parquet(root / "prompts.parquet", table)
         text = CONFIG.format(prompts=root / "prompts.parquet", k=K, steps=self.steps, guidance=self.guidance.scale, eta=self.eta, saved=SAVED,
                              batch=self.batch, shard=max(self.batch // K, 1))
-        session = Bench(self.generator, validate(parse_yaml(text, "bench"), "bench"), root)
+        session = Bench(self.generator, validate(plain_yaml.parse(text, "bench"), "bench"), root)
         session.execute([session.chain(1).rounds[1].sample])
 
     def plain(self, vae_dtype: torch.dtype = torch.float32) -> list:

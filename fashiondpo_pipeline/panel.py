@@ -57,3 +57,12 @@ def remaining(weights: Mapping[str, float], left_out: Mapping[str, str]) -> dict
 def weights_in_words(pair: Pair) -> str:
     """Whom the mix rewards, and how much."""
     return ", ".join(f"{name} {weight:g}" for name, weight in pair.weights.items() if weight > 0)
+
+
+def judge_warning(config: Config) -> str | None:
+    """What to know, before anything is drawn, of a judge that is rewarded; None where it is only watched."""
+    judge = config.evaluate.judge
+    if judge and not config.pair.weights.get(judge):
+        return None
+    who = f"{judge} is rewarded (pair.weights) and judges (evaluate.judge)" if judge else "the rewarded experts' own mix judges"
+    return f"warning: {who}: its win rate will show that the reward went up, not that pictures got better; name an expert without a weight"

@@ -11,8 +11,8 @@ import numpy as np
 
 from fashiondpo_pipeline.codecs import encode_png
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.foreign import oddity
+from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.prompts import read, slug
 from fashiondpo_pipeline.workspace import Step
 from stages import Session

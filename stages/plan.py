@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fashiondpo_pipeline import memory, schemas, seeds
+from fashiondpo_pipeline import memory, panel, schemas, seeds
 from fashiondpo_pipeline.checkpoints import Source, Unreachable
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.embedded import locate
@@ -431,6 +431,8 @@ def show_plan(session: Session, rounds: int, probe: bool = False) -> None:
             from stages.probe import run  # here, as it needs torch
 
         plan = estimate(session, chain, run(session, chain) if probe else None)
+        if said := panel.judge_warning(session.config):
+            session.say(said)
     except Unreachable as problem:
         _show_counts(session, rounds)
         raise UserError(f"{problem}; above is what can be counted without the model") from problem

@@ -1,6 +1,6 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
-from fashiondpo_pipeline import diagnosis
+from fashiondpo_pipeline import diagnosis, panel
 from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
@@ -63,6 +63,8 @@ def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:
         f"run {session.config.name} · {session.config.generator.model} · {len(session.prompts['train'])} prompts x {sample.candidates} "
         f"candidates · {n} round{'' if n == 1 else 's'} · about {size(cost.total_bytes)} on disk, {cost.forwards:,} denoiser rows{going_on}"
     )
+    if said := panel.judge_warning(session.config):
+        session.say(said)
 
 
 def _sentence(session: Session, chain: Chain, number: int) -> str:

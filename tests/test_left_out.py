@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from whole_runs import folder_of, refused, session, works
+from whole_runs import fdpo, folder_of, refused, session, works
 
 from fashiondpo_pipeline import panel
 from fashiondpo_pipeline.config import Config, load
 from fashiondpo_pipeline.errors import UserError
+from stages import Session
 
 FEW = [f"a {colour} {kind}" for colour in ("red", "blue", "green") for kind in ("dress", "boot", "bag")]
 OWN = ["--set", "prompts.file=mine.txt", "--set", "prompts.held_out=0.4", "--set", "sample.candidates=4", "--set", "evaluate.pictures=2",
@@ -91,3 +92,17 @@ def test_rescore_and_the_rules_of_single_rounds_know_who_is_left_out():
 def test_with_nobody_left_out_the_configuration_is_what_it_was():
     config = Config()
     assert panel.without(config, {}, []) == (config, [])
+
+
+@pytest.mark.parametrize("command", [("plan",), ("round", "--n", "1")])
+@pytest.mark.parametrize(("knob", "told"), [
+    ("seed=7", None), ("evaluate.judge=clip_t", "clip_t is rewarded"), ("evaluate.judge=null", "the rewarded experts' own mix judges"),
+])
+def test_a_judge_that_is_rewarded_is_told_before_anything_is_drawn(place, monkeypatch, command, knob, told):
+    def stop(*_: object) -> None:
+        raise UserError("now it would be drawn")
+
+    monkeypatch.setattr(Session, "execute", stop)
+    said = fdpo(*command, "--set", knob)
+    assert told is None or told in said.out + said.err
+    assert ("is rewarded" in said.out + said.err or "own mix judges" in said.out + said.err) == bool(told)

@@ -95,6 +95,14 @@ class Source:
         """What the weights say of themselves that the scheduler's configuration does not, a sentence each."""
         return []
 
+    def drawn_anew(self, steps: int | None) -> bool:
+        """Whether earlier versions drew otherwise with this model in so many steps, as they passed over fields of its configuration.
+
+        None asks of its latents alone, however they come about.
+        Asked of models that lie here; a hub's files need not be at hand where a run is only looked at.
+        """
+        return False
+
     def alpha_bar(self) -> "torch.Tensor | None":
         """The noise schedule that lies beside the weights, (timesteps,), where one does."""
         return None
@@ -149,6 +157,13 @@ class Folder(Source):
 
     def place(self, part: str) -> str:
         return str(self.where / _config_file(part))
+
+    def drawn_anew(self, steps: int | None) -> bool:
+        walk, vae = ({} if not (self.where / _config_file(part)).is_file() else self.config(part) for part in ("scheduler", "vae"))
+        spacing, timesteps = walk.get("timestep_spacing", "leading"), walk.get("num_train_timesteps", 1000)
+        uneven = spacing == "linspace" or (spacing == "trailing" and isinstance(timesteps, int) and timesteps % (steps or 1) > 0)
+        moved = spacing == "leading" and self.index.get("_class_name") == "StableDiffusionPipeline" and walk.get("steps_offset", 0) != 1
+        return (steps is not None and (uneven or moved)) or vae.get("latents_mean") is not None
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         if self.index.get(name, [None]) in ([None], [None, None]):
@@ -226,6 +241,9 @@ class Hub(Folder):
 
     def place(self, part: str) -> str:
         return Source.place(self, part)
+
+    def drawn_anew(self, steps: int | None) -> bool:
+        return False
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         with warnings.catch_warnings():

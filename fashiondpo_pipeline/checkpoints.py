@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # what else names a model is a path
 COMMIT = re.compile(r"[0-9a-f]{40}")
-EDM_MARKS = frozenset({"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"})  # keys of a checkpoint, beside its weights
+# keys of a checkpoint beside its weights, and what the note modelspec.prediction_type may say
+EDM_MARKS = frozenset({"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"})
 ALPHA_BAR = "alphas_cumprod"
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}  # as modelspec.prediction_type has it
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 OFFLINE = ("a diffusers folder, a single-file checkpoint, or a hub id that can be reached (offline: run `hf download ID` where there is "
            "a network, copy the folder here and name it; or copy the hub's cache and set HF_HOME)")
@@ -96,10 +97,10 @@ class Source:
         return []
 
     def drawn_anew(self, steps: int | None) -> bool:
-        """Whether earlier versions drew otherwise with this model in so many steps, as they passed over fields of its configuration.
+        """Whether earlier versions drew otherwise with this model, as they passed over fields of its configuration.
 
-        None asks of its latents alone, however they come about.
-        Asked of models that lie here; a hub's files need not be at hand where a run is only looked at.
+        In so many steps, or None: only its latents are asked about. Known of models that lie here; a hub's files
+        need not be at hand where a run is only looked at.
         """
         return False
 
@@ -159,11 +160,15 @@ class Folder(Source):
         return str(self.where / _config_file(part))
 
     def drawn_anew(self, steps: int | None) -> bool:
-        walk, vae = ({} if not (self.where / _config_file(part)).is_file() else self.config(part) for part in ("scheduler", "vae"))
+        there = [part for part in ("scheduler", "vae") if (self.where / _config_file(part)).is_file()]
+        said = {part: self.config(part) for part in there}
+        walk, vae = (said.get(part, {}) for part in ("scheduler", "vae"))
+        if vae.get("latents_mean") is not None or steps is None:
+            return vae.get("latents_mean") is not None
         spacing, timesteps = walk.get("timestep_spacing", "leading"), walk.get("num_train_timesteps", 1000)
-        uneven = spacing == "linspace" or (spacing == "trailing" and isinstance(timesteps, int) and timesteps % (steps or 1) > 0)
-        moved = spacing == "leading" and self.index.get("_class_name") == "StableDiffusionPipeline" and walk.get("steps_offset", 0) != 1
-        return (steps is not None and (uneven or moved)) or vae.get("latents_mean") is not None
+        if spacing != "leading":
+            return spacing == "linspace" or (isinstance(timesteps, int) and timesteps % steps > 0)
+        return self.index.get("_class_name") == "StableDiffusionPipeline" and walk.get("steps_offset", 0) != 1
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         if self.index.get(name, [None]) in ([None], [None, None]):
@@ -325,17 +330,23 @@ class SingleFile(Folder):
         tensors, notes = self._check_safe()
         place = self.place("scheduler")
         if edm := sorted(EDM_MARKS & tensors.keys()):
-            return [f"generator.model: {self.file} carries {' and '.join(edm)}, as models do that were trained on EDM's noise levels, which are not "
+            return [f"generator.model: {self.file} carries {' and '.join(edm)}, as models do that were "
+                    f"trained on EDM's noise levels, which are not "
                     "known here: use another model"]
         found, means = [], scheduler.get("prediction_type", "flow")
         said = {"v_prediction": "the key v_pred"} if "v_pred" in tensors else {}
-        noted = PREDICTIONS.get(notes.get("modelspec.prediction_type", "").lower())
-        said |= {noted: f"the note modelspec.prediction_type {notes['modelspec.prediction_type']}"} if noted else {}
-        found += [f"generator.model: {self.file} carries {mark}, so it predicts '{meant}', and {place} says '{means}': set prediction_type to "
-                  f"'{meant}' there, or name the folder of a model like it in generator.config" for meant, mark in said.items() if meant != means]
+        note = notes.get("modelspec.prediction_type", "")
+        if noted := PREDICTIONS.get(note.lower()):
+            said[noted] = f"the note modelspec.prediction_type {note}"
+        found += [f"generator.model: {self.file} carries {mark}, so it predicts '{meant}', and {place} says "
+                  f"'{means}': set prediction_type to "
+                  f"'{meant}' there, or name the folder of a model like it in generator.config"
+                  for meant, mark in said.items() if meant != means]
         if "ztsnr" in tensors and not scheduler.get("rescale_betas_zero_snr"):
-            found.append(f"generator.model: {self.file} carries the key ztsnr, so its noise leaves no signal at the last timestep, and {place} says "
-                         "otherwise: set rescale_betas_zero_snr to true there (and timestep_spacing to trailing, as such models are drawn)")
+            found.append(f"generator.model: {self.file} carries the key ztsnr, so its noise leaves no signal "
+                         f"at the last timestep, and {place} says "
+                         "otherwise: set rescale_betas_zero_snr to true there (and timestep_spacing to "
+                         "trailing, as such models are drawn)")
         return found
 
     def alpha_bar(self) -> "torch.Tensor | None":
@@ -347,11 +358,15 @@ class SingleFile(Folder):
         if self.file.suffix == ".safetensors":
             with safe_open(self.file, framework="pt") as opened:
                 return opened.get_tensor(ALPHA_BAR)
-        found = torch.load(self.file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.file))
+        mapped = zipfile.is_zipfile(self.file)
+        found = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mapped)
         return found.get("state_dict", found)[ALPHA_BAR]
 
     def _check_safe(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """(its tensors by name, without their values; its notes). Raises UserError if the file is damaged, or if reading it could run code."""
+        """(its tensors by name, without their values; its notes).
+
+        Raises UserError if the file is damaged, or if reading it could run code.
+        """
         import torch
         from safetensors import SafetensorError, safe_open
 

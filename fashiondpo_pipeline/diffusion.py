@@ -60,13 +60,14 @@ class Ddim:
         return self.alpha_bar.to(t.device)[t]
 
     def after(self, t: Tensor) -> Tensor:
-        """alpha_bar where one step from t arrives, (b,): at the walk's next timestep, which the next step is told; at the end after its last.
+        """alpha_bar where one step from t arrives, (b,): at the timestep that the next step is told, or at the end.
 
-        diffusers' own DDIM arrives at t - 1000 // steps instead, which is another place wherever timesteps are not evenly spaced.
+        diffusers' own DDIM arrives at t - 1000 // steps, which is elsewhere where timesteps are not evenly spaced.
         """
         rising = self.timesteps.flip(0).to(t.device)
         place = torch.searchsorted(rising, t.to(rising.dtype)) - 1  # of the greatest timestep below t
-        return torch.where(place >= 0, self.at(rising[place.clamp(min=0)]), torch.full_like(self.at(t), self.alpha_bar_end))
+        end = torch.full_like(self.at(t), self.alpha_bar_end)
+        return torch.where(place >= 0, self.at(rising[place.clamp(min=0)]), end)
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)).  Ho et al. 2020 (2006.11239), eq. 4."""

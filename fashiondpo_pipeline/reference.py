@@ -27,7 +27,7 @@ class Reference:
         self.rows_at_once = knobs.micro_batch  # less where memory has run out
         compares = any("ref_prediction" in term.objective.needs for term in terms)
         # what the sample stage kept was said with the prompt, by the model that drew
-        kept = store.keeps_predictions and self.is_policy and not len(replayed) and not knobs.condition_dropout
+        kept = store.keeps_predictions and self.is_policy and not (len(replayed) or knobs.condition_dropout)
         self.live = kind == "ema" or (compares and not kept)
         self.compares = compares
         self.weights = weights
@@ -46,14 +46,14 @@ class Reference:
         self.hash = digest(self.numbers)
 
     def _model(self) -> Any:
-        """The context under which the denoiser is the reference, while the policy has not moved yet; the base always is."""
+        """The context under which the denoiser is the reference: the base at any time, others before the policy moves."""
         kind = "previous" if self.first else self.knobs.reference
         if kind == "mix":
             return adapters.scaled(self.generator.denoiser, self.knobs.reference_mix)
         return adapters.disabled(self.generator.denoiser, kind == "base")
 
     def _beginning(self) -> dict[str, torch.Tensor]:
-        """The weights that are the reference before the first optimiser step, apart from the policy's, which move on."""
+        """The weights that are the reference before the first optimiser step, apart from the policy's, which move."""
         with self._model():
             return {name: weight.detach().clone() for name, weight in self.weights.items()}
 

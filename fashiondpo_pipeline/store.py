@@ -228,19 +228,24 @@ class Store:
         found["error"] = diffusion.squared_error(predictions[-1].float(), spot.wanted).double()
         return found
 
-    def rounding(self, batch: Batch, predictions: Predictions, share: float) -> dict[str, Tensor]:
-        """How far rounding may move each row's gain: signal -> (n,) float64, if it moves a prediction by `share` of its length.
+    def _weights(self, batch: Batch) -> dict[str, Tensor]:
+        """What each row's signal is multiplied with: signal -> (n,) float64."""
+        return {signal: torch.from_numpy(by_column[batch.columns]).to(self.device) for signal, by_column in self._scale.items()}
 
-        A step's log-probability moves by z . d / sigma, with z the standard normal noise of the step, and d how far its mean moves: for
-        such a z that is some |d| / sigma, whatever the number of dimensions. An error moves by 2/dimensions times the product of two
-        lengths at most. Neither depends on beta, on how a step is weighed, or on how little noise it has.
+    def rounding(self, batch: Batch, predictions: Predictions, share: float) -> dict[str, Tensor]:
+        """How far rounding may move each row's gain, if it moves a prediction by `share` of its length: signal -> (n,).
+
+        A step's log-probability moves by z . d / sigma, with z the standard normal noise of the step and d how far its
+        mean moves: some |d| / sigma, whatever the number of dimensions. An error moves by 2/dimensions times the product
+        of two lengths at most. A gain in these units depends on neither beta, nor a step's weight, nor its noise.
         """
         spot, found = self.spot(batch.rows, batch.columns), {}
-        scale = {signal: torch.from_numpy(weights[batch.columns]).to(self.device) for signal, weights in self._scale.items()}
+        scale = self._weights(batch)
         if "log_prob" in self.signals:
             eta, guided = self.sampled["eta"], _length(predictions[0])
-            slope = (2 * diffusion.sensitivity(self.schedule, spot.t.cpu(), eta)).sqrt().to(self.device)  # of mean / sigma
-            branches = float(spot.condition.weights.abs().sum())  # guidance makes the rounding of each branch larger
+            sensitivity = diffusion.sensitivity(self.schedule, spot.t.cpu(), eta).to(self.device)
+            slope = (2 * sensitivity).sqrt()  # of mean / sigma in the prediction
+            branches = float(spot.condition.weights.abs().sum())  # guidance enlarges the rounding of each
             sums = SUMS * _length(spot.x_t) / self.schedule.std(spot.t, eta)
             found["log_prob"] = scale["log_prob"] * (slope * share * branches * guided + sums)
         moved, off = share * _length(predictions[-1]), _length(predictions[-1] - spot.wanted)
@@ -255,7 +260,7 @@ class Store:
         spot = self.spot(batch.rows, batch.columns)
         own = self.signals_of(batch.rows, batch.columns, spot, predictions)
         winner, loser, unit = (x.to(self.device) for x in (batch.winner, batch.loser, batch.unit))
-        scale = {signal: torch.from_numpy(weights[batch.columns]).to(self.device) for signal, weights in self._scale.items()}
+        scale = self._weights(batch)
         if self.fresh and self.knobs.min_snr is not None:
             scale["error"] = diffusion.min_snr_weight(self.schedule, spot.t, self.knobs.min_snr).to(self.device)
         slack = turned = None

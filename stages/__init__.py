@@ -37,7 +37,7 @@ from stages.naming import written
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
 VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 2, "latents": 2, "adopt": 2}
-COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; to import one takes as long as torch does
+COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; they import torch
 SHARED = ("encode", "sample", "embed", "score", "finetune", "latents")  # stages in which several processes each do a share
 
 
@@ -555,16 +555,16 @@ class _Builder:
         return Step("finetune", name, number, self.trains(adapter is None), config | self.generator, inputs, files)
 
     def trains(self, first: bool) -> int:
-        """The version of a finetuning: raised where what it was held to was another model than its settings say.
+        """The version of a finetuning: raised where earlier ones held it to another model than its settings say.
 
-        A mixed reference followed the policy from round 2 on, and predictions that were kept stood for candidates whose prompt is dropped,
-        where an objective compares predictions.
+        Where an objective compares predictions, a mixed reference followed the policy from round 2 on, and predictions
+        that were kept stood for candidates whose prompt is dropped.
         """
         knobs = self.config.finetune
         names = {knobs.objective} if isinstance(knobs.objective, str) else knobs.objective.keys()
         compares = any(name in COMPARING or name not in OBJECTIVES.builtin for name in names)
         followed = knobs.reference == "mix" and not first
-        kept = self.config.sample.predictions and knobs.reference != "ema" and (first or knobs.reference == "previous")
+        kept = self.config.sample.predictions and (knobs.reference == "previous" or (first and knobs.reference != "ema"))
         return VERSIONS["finetune"] + (compares and (followed or (kept and knobs.condition_dropout > 0)))
 
     def evaluate(self, base: Watched, before: Watched, after: Watched, section: Pair, inputs: dict[str, Step]) -> Step:

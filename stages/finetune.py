@@ -28,8 +28,9 @@ from stages.encode import sampled_of
 from stages.trained import note
 from stages.trained_on import Candidates
 
-# How far apart two predictions of one network may be in calls of other shapes, in shares of their length: a hundred times what their
-# type rounds by, for float32 a thousand times what was measured. Another prompt, guidance or model moves them by a tenth and more.
+# How far apart two predictions of one network may be in calls of other shapes, in shares of their length: a hundred
+# times what their type rounds by; for float32, which hardly adds up, a thousand times what was measured (6e-7).
+# Another prompt, guidance or model moves a prediction by hundredths and more.
 ROUNDS = {"float32": 1e-3, "tf32": 0.05, "fp16": 0.05, "float16": 0.05, "bf16": 0.4, "bfloat16": 0.4}
 
 
@@ -193,7 +194,7 @@ def numerics(generator, precision: str) -> str:
 
 
 class Start:
-    """Before the first update the policy is its own reference: every gain is 0 but for rounding, or what is trained is not what drew."""
+    """Before the first update the policy is its own reference: gains are 0 but for rounding, or another model drew."""
 
     def __init__(self, numerics: str):
         self.numerics, self.most = numerics, 0.0
@@ -201,14 +202,18 @@ class Start:
     def see(self, evidence: dict[str, Evidence], rounding: dict[str, torch.Tensor]) -> None:
         """Note how many times what rounding gives any row's gain is."""
         for signal, found in evidence.items():
-            times = found.gain.detach().double().abs() / rounding[signal].clamp(min=torch.finfo(torch.float64).tiny)
+            gain, most = found.gain.detach().double().abs(), rounding[signal]
+            times = gain / most.clamp(min=torch.finfo(torch.float64).tiny)
             self.most = max(self.most, float(times.nan_to_num(nan=math.inf).max()))
 
     def check(self, step: Step, tally: Tally) -> None:
         if self.most > 1:
             raise UserError(
-                f"round {step.round} finetune: at step 0 the policy is its own reference, yet a margin is {tally.widest:.3g} instead of 0, as "
-                f"predictions differ by {self.most:.2g} times the most that rounding ({self.numerics}) gives: these candidates were drawn by another "
-                "model, or with other prompts, guidance, dtype, precision or device than finetune uses; draw and finetune with the same settings, "
+                f"round {step.round} finetune: at step 0 the policy is its own reference, yet a margin is "
+                f"{tally.widest:.3g} instead of 0, as "
+                f"predictions differ by {self.most:.2g} times the most that rounding ({self.numerics}) "
+                f"gives: these candidates were drawn by another "
+                "model, or with other prompts, guidance, dtype, precision or device than finetune uses; draw "
+                "and finetune with the same settings, "
                 "libraries and device (another --name or seed draws anew)"
             )

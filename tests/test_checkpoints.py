@@ -356,14 +356,16 @@ def test_weights_that_are_missing_or_cut_off_are_refused_not_filled_with_chance(
 def test_a_flow_scheduler_on_a_unet(tiny_sd, tiny_sd3, tmp_path):
     folder = changed(tiny_sd, tmp_path / "sd", "", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     assert refused(str(folder)) == (
-        f"generator.model: {folder}: its scheduler is a 'FlowMatchEulerDiscreteScheduler', whose meaning is not known here (known: "
+        f"generator.model: {folder}: its scheduler is a 'FlowMatchEulerDiscreteScheduler', whose meaning is "
+        f"not known here (known: "
         f"{', '.join(sorted(SCHEDULERS))}): use another model")
 
 
 def test_a_diffusion_scheduler_on_a_flow_model(tiny_sd3, tmp_path):
     folder = changed(tiny_sd3, tmp_path / "sd3", "", scheduler=["diffusers", "DDIMScheduler"])
     assert refused(str(folder)) == (
-        f"generator.model: {folder}: its scheduler is a 'DDIMScheduler', whose meaning is not known here (known: "
+        f"generator.model: {folder}: its scheduler is a 'DDIMScheduler', whose meaning is not known here "
+        f"(known: "
         "FlowMatchEulerDiscreteScheduler): use another model")
 
 

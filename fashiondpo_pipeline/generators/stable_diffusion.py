@@ -15,7 +15,8 @@ class StableDiffusion(DiffusersModel):
     pipeline = "StableDiffusionPipeline"
     pipeline_fields = fields.STABLE_DIFFUSION_PIPELINE
     denoisers = {"UNet2DConditionModel": fields.UNET}  # noqa: RUF012 - a constant
-    corrected = {"steps_offset": 1, "clip_sample": False}  # noqa: RUF012 - as diffusers' pipeline does with files from before these fields
+    # as diffusers' own pipeline does with files from before these fields
+    corrected = {"steps_offset": 1, "clip_sample": False}  # noqa: RUF012 - a constant
     _not_needed = ("safety_checker", "feature_extractor")
     _pipeline_options = {"requires_safety_checker": False}  # noqa: RUF012 - a constant
 

@@ -41,8 +41,10 @@ class StableDiffusion3(DiffusersModel):
         most = self.configuration("transformer")["pos_embed_max_size"]
         if max(height, width) > most * self.patch:
             unit = self.vae_factor * self.patch
-            raise UserError(f"sample.height and sample.width: {self.name} knows places in pictures up to {most * unit} pixels wide and high "
-                            f"(pos_embed_max_size), not {height * self.vae_factor}x{width * self.vae_factor}: draw smaller ones")
+            raise UserError(f"sample.height and sample.width: {self.name} knows places in pictures up to "
+                            f"{most * unit} pixels wide and high "
+                            f"(pos_embed_max_size), not "
+                            f"{height * self.vae_factor}x{width * self.vae_factor}: draw smaller ones")
         return channels, height, width
 
     def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:

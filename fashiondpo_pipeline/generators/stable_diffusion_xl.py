@@ -38,13 +38,15 @@ class StableDiffusionXL(DiffusersModel):
         return {name: torch.zeros_like(part) for name, part in self.encode("").items()}
 
     def _misfits(self) -> list[str]:
-        unet, told = self.configuration("unet"), self.layout()["pooled"][0]
-        wanted, given = unet["projection_class_embeddings_input_dim"], 6 * (unet["addition_time_embed_dim"] or 0) + told
-        if wanted == given:
-            return super()._misfits()
-        return [*super()._misfits(), f"generator.model: {self.source.place('unet')}: the denoiser wants {wanted} numbers beside the prompt "
-                f"(projection_class_embeddings_input_dim), and six of the picture's size with the pooled prompt are {given}, as for a "
-                "refiner or another model: use another one"]
+        unet, pooled = self.configuration("unet"), self.layout()["pooled"][0]
+        wanted = unet["projection_class_embeddings_input_dim"]
+        told = 6 * (unet["addition_time_embed_dim"] or 0) + pooled
+        found = super()._misfits()
+        if wanted != told:
+            found.append(f"generator.model: {self.source.place('unet')}: the denoiser wants {wanted} numbers beside the prompt "
+                         "(projection_class_embeddings_input_dim), and six of the picture's size with the pooled prompt are "
+                         f"{told}, as for a refiner or another model: use another one")
+        return found
 
     def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         height, width = (side * self.vae_factor for side in x_t.shape[-2:])

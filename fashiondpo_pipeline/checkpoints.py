@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # what else names a model is a path
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# keys of a checkpoint beside its weights, and what the note modelspec.prediction_type may say
+EDM_MARKS = frozenset({"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"})
+ALPHA_BAR = "alphas_cumprod"
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 OFFLINE = ("a diffusers folder, a single-file checkpoint, or a hub id that can be reached (offline: run `hf download ID` where there is "
            "a network, copy the folder here and name it; or copy the hub's cache and set HF_HOME)")
@@ -84,17 +88,32 @@ class Source:
         """A part's configuration; its weights are not read."""
         raise NotImplementedError
 
-    def scheduler(self) -> Any:
-        """The noise schedule."""
-        import torch
+    def place(self, part: str) -> str:
+        """Where that configuration lies, for the person; "" is the model's own, model_index.json."""
+        return f"{self.name}/{_config_file(part)}"
 
-        return self.part("scheduler", torch.float32)
+    def contradictions(self, scheduler: dict) -> list[str]:
+        """What the weights say of themselves that the scheduler's configuration does not, a sentence each."""
+        return []
+
+    def drawn_anew(self, steps: int | None) -> bool:
+        """Whether earlier versions drew otherwise with this model, as they passed over fields of its configuration.
+
+        In so many steps, or None: only its latents are asked about. Known of models that lie here; a hub's files
+        need not be at hand where a run is only looked at.
+        """
+        return False
+
+    def alpha_bar(self) -> "torch.Tensor | None":
+        """The noise schedule that lies beside the weights, (timesteps,), where one does."""
+        return None
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         """One part, loaded; None where the model goes without (a text encoder left out)."""
         raise NotImplementedError
 
-    def _class(self, name: str) -> Any:
+    def class_of(self, name: str) -> Any:
+        """diffusers' or transformers' class of a part. Raises UserError if the model names none of theirs."""
         entry = self.index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2):
             raise UserError(f"generator.model: the model_index.json of {self.name} names no {name}, which a {self.family} has; get the model anew")
@@ -135,12 +154,26 @@ class Folder(Source):
         return "-".join(hash_path(self.where / part, "generator.model") for part in parts if (self.where / part).exists())
 
     def config(self, part: str) -> dict:
-        return _read_json(self.where / part / "config.json")
+        return _read_json(self.where / _config_file(part))
+
+    def place(self, part: str) -> str:
+        return str(self.where / _config_file(part))
+
+    def drawn_anew(self, steps: int | None) -> bool:
+        there = [part for part in ("scheduler", "vae") if (self.where / _config_file(part)).is_file()]
+        said = {part: self.config(part) for part in there}
+        walk, vae = (said.get(part, {}) for part in ("scheduler", "vae"))
+        if vae.get("latents_mean") is not None or steps is None:
+            return vae.get("latents_mean") is not None
+        spacing, timesteps = walk.get("timestep_spacing", "leading"), walk.get("num_train_timesteps", 1000)
+        if spacing != "leading":
+            return spacing == "linspace" or (isinstance(timesteps, int) and timesteps % steps > 0)
+        return self.index.get("_class_name") == "StableDiffusionPipeline" and walk.get("steps_offset", 0) != 1
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         if self.index.get(name, [None]) in ([None], [None, None]):
             return None
-        kind = self._class(name)
+        kind = self.class_of(name)
         import torch
         from safetensors import SafetensorError
 
@@ -209,7 +242,13 @@ class Hub(Folder):
         return self.identity()
 
     def config(self, part: str) -> dict:
-        return _read_json(self._file(f"{part}/config.json", self.commit))
+        return _read_json(self._file(_config_file(part), self.commit))
+
+    def place(self, part: str) -> str:
+        return Source.place(self, part)
+
+    def drawn_anew(self, steps: int | None) -> bool:
+        return False
 
     def part(self, name: str, dtype: "torch.dtype") -> Any:
         with warnings.catch_warnings():
@@ -256,7 +295,7 @@ class SingleFile(Folder):
 
         if self.index.get(name, [None]) in ([None], [None, None]):
             return None
-        if not issubclass(self._class(name), torch.nn.Module):
+        if not issubclass(self.class_of(name), torch.nn.Module):
             return super().part(name, dtype)
         self._check_safe()
         pipeline = getattr(importlib.import_module("diffusers"), self.family)
@@ -286,21 +325,69 @@ class SingleFile(Folder):
         return UserError(f"generator.model: {self.file} does not fit the {self.family} of generator.config ({reason}); "
                          "name a folder of the same model, or get the file anew")
 
-    def _check_safe(self) -> None:
-        """Raises UserError if the file is damaged, or if reading it could run code."""
+    def contradictions(self, scheduler: dict) -> list[str]:
+        """By the keys and notes that trainers leave in a checkpoint."""
+        tensors, notes = self._check_safe()
+        place = self.place("scheduler")
+        if edm := sorted(EDM_MARKS & tensors.keys()):
+            return [f"generator.model: {self.file} carries {' and '.join(edm)}, as models do that were "
+                    f"trained on EDM's noise levels, which are not "
+                    "known here: use another model"]
+        found, means = [], scheduler.get("prediction_type", "flow")
+        said = {"v_prediction": "the key v_pred"} if "v_pred" in tensors else {}
+        note = notes.get("modelspec.prediction_type", "")
+        if noted := PREDICTIONS.get(note.lower()):
+            said[noted] = f"the note modelspec.prediction_type {note}"
+        found += [f"generator.model: {self.file} carries {mark}, so it predicts '{meant}', and {place} says "
+                  f"'{means}': set prediction_type to "
+                  f"'{meant}' there, or name the folder of a model like it in generator.config"
+                  for meant, mark in said.items() if meant != means]
+        if "ztsnr" in tensors and not scheduler.get("rescale_betas_zero_snr"):
+            found.append(f"generator.model: {self.file} carries the key ztsnr, so its noise leaves no signal "
+                         f"at the last timestep, and {place} says "
+                         "otherwise: set rescale_betas_zero_snr to true there (and timestep_spacing to "
+                         "trailing, as such models are drawn)")
+        return found
+
+    def alpha_bar(self) -> "torch.Tensor | None":
+        import torch
+        from safetensors import safe_open
+
+        if ALPHA_BAR not in self._check_safe()[0]:
+            return None
+        if self.file.suffix == ".safetensors":
+            with safe_open(self.file, framework="pt") as opened:
+                return opened.get_tensor(ALPHA_BAR)
+        mapped = zipfile.is_zipfile(self.file)
+        found = torch.load(self.file, map_location="cpu", weights_only=True, mmap=mapped)
+        return found.get("state_dict", found)[ALPHA_BAR]
+
+    def _check_safe(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """(its tensors by name, without their values; its notes).
+
+        Raises UserError if the file is damaged, or if reading it could run code.
+        """
         import torch
         from safetensors import SafetensorError, safe_open
 
         try:
             if self.file.suffix == ".safetensors":
-                with safe_open(self.file, framework="pt"):
-                    return
-            torch.load(self.file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(self.file))
+                with safe_open(self.file, framework="pt") as opened:
+                    return dict.fromkeys(opened.keys()), opened.metadata() or {}
+            found = torch.load(self.file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(self.file))
         except pickle.UnpicklingError as problem:
             raise UserError(f"generator.model: {self.file} holds something other than weights, and reading such a pickle can run code: "
                             "use a .safetensors of the same model") from problem
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
             raise UserError(f"generator.model: {self.file} is cut off or damaged ({_gist(problem)}); get it anew") from problem
+        tensors = found.get("state_dict", found) if isinstance(found, dict) else {}
+        return tensors if isinstance(tensors, dict) else {}, {}
+
+
+def _config_file(part: str) -> str:
+    if not part:
+        return "model_index.json"
+    return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
 
 
 def _gist(problem: Exception) -> str:

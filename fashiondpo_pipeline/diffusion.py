@@ -47,13 +47,12 @@ class Ddim:
     """A diffusion model's noise schedule walked by DDIM in some number of steps.
 
     alpha_bar: (1000,) float64, signal share at each timestep. alpha_bar_end: signal share after the last step.
-    timesteps: (steps,) int64, noisiest first. stride: timesteps between neighbours. prediction: "epsilon" or "v_prediction".
+    timesteps: (steps,) int64, noisiest first, evenly spaced or not. prediction: "epsilon" or "v_prediction".
     """
 
     alpha_bar: Tensor
     alpha_bar_end: float
     timesteps: Tensor
-    stride: int
     prediction: str
 
     def at(self, t: Tensor) -> Tensor:
@@ -61,9 +60,14 @@ class Ddim:
         return self.alpha_bar.to(t.device)[t]
 
     def after(self, t: Tensor) -> Tensor:
-        """alpha_bar where one step from t arrives, (b,)."""
-        arrive = t - self.stride
-        return torch.where(arrive >= 0, self.at(arrive.clamp(min=0)), torch.full_like(self.at(t), self.alpha_bar_end))
+        """alpha_bar where one step from t arrives, (b,): at the timestep that the next step is told, or at the end.
+
+        diffusers' own DDIM arrives at t - 1000 // steps, which is elsewhere where timesteps are not evenly spaced.
+        """
+        rising = self.timesteps.flip(0).to(t.device)
+        place = torch.searchsorted(rising, t.to(rising.dtype)) - 1  # of the greatest timestep below t
+        end = torch.full_like(self.at(t), self.alpha_bar_end)
+        return torch.where(place >= 0, self.at(rising[place.clamp(min=0)]), end)
 
     def shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(sqrt(alpha_bar), sqrt(1 - alpha_bar)).  Ho et al. 2020 (2006.11239), eq. 4."""

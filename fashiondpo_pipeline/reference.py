@@ -26,11 +26,12 @@ class Reference:
         self.rows_before = self.rows_in_training = 0
         self.rows_at_once = knobs.micro_batch  # less where memory has run out
         compares = any("ref_prediction" in term.objective.needs for term in terms)
-        kept = store.keeps_predictions and self.is_policy and not len(replayed)
+        # what the sample stage kept was said with the prompt, by the model that drew
+        kept = store.keeps_predictions and self.is_policy and not (len(replayed) or knobs.condition_dropout)
         self.live = kind == "ema" or (compares and not kept)
         self.compares = compares
-        self.start = {name: weight.detach().clone() for name, weight in weights.items()} if self.live else None
         self.weights = weights
+        self.start = self._beginning() if self.live and (kind != "base" or first) else None
         # mixed precision and compiled code round otherwise: then even the model that drew the candidates is asked anew
         alike = knobs.precision == "no" and getattr(generator, "rounds_alike", True)
         if self.is_policy and not store.fresh and not knobs.condition_dropout and alike:
@@ -45,11 +46,16 @@ class Reference:
         self.hash = digest(self.numbers)
 
     def _model(self) -> Any:
-        """The context under which the denoiser is the reference."""
+        """The context under which the denoiser is the reference: the base at any time, others before the policy moves."""
         kind = "previous" if self.first else self.knobs.reference
         if kind == "mix":
             return adapters.scaled(self.generator.denoiser, self.knobs.reference_mix)
         return adapters.disabled(self.generator.denoiser, kind == "base")
+
+    def _beginning(self) -> dict[str, torch.Tensor]:
+        """The weights that are the reference before the first optimiser step, apart from the policy's, which move."""
+        with self._model():
+            return {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     def at(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Its signals, and predictions where they are compared, at a batch's places."""
@@ -58,8 +64,7 @@ class Reference:
             found = {name: torch.from_numpy(np.asarray(values[rows, columns], np.float64)).to(device) for name, values in self.numbers.items()}
             return found | ({"prediction": self.store.kept_predictions(rows, columns)} if self.compares else {})
         asked = self.store.rows_without_gradient
-        moving = self.knobs.reference in ("previous", "ema") or self.first
-        with torch.no_grad(), holding(self.weights, self.start) if moving else self._model():
+        with torch.no_grad(), self._model() if self.start is None else holding(self.weights, self.start):
             pieces = [slice(start, start + self.rows_at_once) for start in range(0, len(rows), self.rows_at_once)]
             said = [self.store.predict(rows[piece], columns[piece]) for piece in pieces]
             predictions = tuple(torch.cat(parts) for parts in zip(*said, strict=True))

@@ -24,6 +24,7 @@ from fashiondpo_pipeline.training import Batch, Predictions
 from fashiondpo_pipeline.workspace import replace_bytes
 
 IN_MEMORY = 4 << 30  # bytes; more than this of one kind lies in a file that is mapped into memory
+SUMS = 2.0**-20  # how far off a sum of a few terms in float32 may be, in shares of it
 Place = tuple[str, int]  # (group, candidate)
 
 
@@ -227,6 +228,30 @@ class Store:
         found["error"] = diffusion.squared_error(predictions[-1].float(), spot.wanted).double()
         return found
 
+    def _weights(self, batch: Batch) -> dict[str, Tensor]:
+        """What each row's signal is multiplied with: signal -> (n,) float64."""
+        return {signal: torch.from_numpy(by_column[batch.columns]).to(self.device) for signal, by_column in self._scale.items()}
+
+    def rounding(self, batch: Batch, predictions: Predictions, share: float) -> dict[str, Tensor]:
+        """How far rounding may move each row's gain, if it moves a prediction by `share` of its length: signal -> (n,).
+
+        A step's log-probability moves by z . d / sigma, with z the standard normal noise of the step and d how far its
+        mean moves: some |d| / sigma, whatever the number of dimensions. An error moves by 2/dimensions times the product
+        of two lengths at most. A gain in these units depends on neither beta, nor a step's weight, nor its noise.
+        """
+        spot, found = self.spot(batch.rows, batch.columns), {}
+        scale = self._weights(batch)
+        if "log_prob" in self.signals:
+            eta, guided = self.sampled["eta"], _length(predictions[0])
+            sensitivity = diffusion.sensitivity(self.schedule, spot.t.cpu(), eta).to(self.device)
+            slope = (2 * sensitivity).sqrt()  # of mean / sigma in the prediction
+            branches = float(spot.condition.weights.abs().sum())  # guidance enlarges the rounding of each
+            sums = SUMS * _length(spot.x_t) / self.schedule.std(spot.t, eta)
+            found["log_prob"] = scale["log_prob"] * (slope * share * branches * guided + sums)
+        moved, off = share * _length(predictions[-1]), _length(predictions[-1] - spot.wanted)
+        found["error"] = scale.get("error", 1) * (moved * (off + moved) + SUMS * off**2) / spot.x_t[0].numel()
+        return {signal: found[signal] for signal in self.signals}
+
     def evidence(self, batch: Batch, predictions: Predictions, reference: dict[str, Tensor], scores: dict[str, Tensor]) -> dict[str, Evidence]:
         """signal -> what these predictions say, against the reference's signals (n,) and, where kept, predictions.
 
@@ -235,7 +260,7 @@ class Store:
         spot = self.spot(batch.rows, batch.columns)
         own = self.signals_of(batch.rows, batch.columns, spot, predictions)
         winner, loser, unit = (x.to(self.device) for x in (batch.winner, batch.loser, batch.unit))
-        scale = {signal: torch.from_numpy(weights[batch.columns]).to(self.device) for signal, weights in self._scale.items()}
+        scale = self._weights(batch)
         if self.fresh and self.knobs.min_snr is not None:
             scale["error"] = diffusion.min_snr_weight(self.schedule, spot.t, self.knobs.min_snr).to(self.device)
         slack = turned = None
@@ -291,6 +316,11 @@ class Store:
     def kept_predictions(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:
         """The sampling model's predictions, which the sample stage kept: see `keeps_predictions`."""
         return self._tensor("prediction", rows, columns)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Euclidean length of each row, (n,) float64."""
+    return x.detach().double().flatten(1).norm(dim=1)
 
 
 def _led_to(row: dict, at: int) -> bytes:

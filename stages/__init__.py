@@ -37,6 +37,7 @@ from stages.naming import written
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
 VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 2, "latents": 2, "adopt": 2}
+COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; they import torch
 SHARED = ("encode", "sample", "embed", "score", "finetune", "latents")  # stages in which several processes each do a share
 
 
@@ -432,7 +433,8 @@ class _Builder:
         files, args = {"pairs": pairs.identity}, {"pairs": pairs.folder}
         encode = Step("encode", "encode-pairs", number, VERSIONS["encode"], {"negative": "", **self.generator}, {},
                       {"text": self.session.source.text_identity(), **files}, args, implied=True)
-        latents = Step("latents", "latents", number, VERSIONS["latents"], {"height": s.height, "width": s.width}, {},
+        version = VERSIONS["latents"] + self.session.source.drawn_anew(None)
+        latents = Step("latents", "latents", number, version, {"height": s.height, "width": s.width}, {},
                        {"generator": self.session.generator_identity, **files}, args)
         pair = Step("adopt", "pair", number, VERSIONS["adopt"], {"shares": True} if pairs.shares else {}, {}, files, args)
         sampled = {"steps": s.steps, "guidance": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "eta": 0.0, "negative": ""}
@@ -442,7 +444,7 @@ class _Builder:
 
         def trained(swapped: bool) -> Step:
             config = own | {"seed": self.config.seed, "round": number, "swapped": swapped, "sampled": sampled} | self.generator
-            return Step("finetune", "negative" if swapped else "finetune", number, VERSIONS["finetune"], config, inputs,
+            return Step("finetune", "negative" if swapped else "finetune", number, self.trains(adapter is None), config, inputs,
                         {"generator": self.session.generator_identity}, args)
 
         finetune = trained(False)
@@ -472,8 +474,9 @@ class _Builder:
             "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile,
             **({} if held_out else {"save": s.save, "path": s.path, "predictions": s.predictions}), **self.generator,
         }
+        version = VERSIONS["sample"] + self.session.source.drawn_anew(config["steps"])
         return Step(
-            "sample", "held-out-sample" if held_out else "sample", number, VERSIONS["sample"], config,
+            "sample", "held-out-sample" if held_out else "sample", number, version, config,
             {"encode": self.encode, **({"adapter": adapter} if adapter else {})},
             {"generator": self.session.generator_identity, "prompts": self.session.prompts[split].identity},
             {"split": split},
@@ -549,7 +552,20 @@ class _Builder:
                 inputs |= {f"sample-{r.number}": r.sample, f"pair-{r.number}": r.pair}
         files = {"generator": self.session.generator_identity}
         name = "negative" if negative else "finetune"
-        return Step("finetune", name, number, VERSIONS["finetune"], config | self.generator, inputs, files)
+        return Step("finetune", name, number, self.trains(adapter is None), config | self.generator, inputs, files)
+
+    def trains(self, first: bool) -> int:
+        """The version of a finetuning: raised where earlier ones held it to another model than its settings say.
+
+        Where an objective compares predictions, a mixed reference followed the policy from round 2 on, and predictions
+        that were kept stood for candidates whose prompt is dropped.
+        """
+        knobs = self.config.finetune
+        names = {knobs.objective} if isinstance(knobs.objective, str) else knobs.objective.keys()
+        compares = any(name in COMPARING or name not in OBJECTIVES.builtin for name in names)
+        followed = knobs.reference == "mix" and not first
+        kept = self.config.sample.predictions and (knobs.reference == "previous" or (first and knobs.reference != "ema"))
+        return VERSIONS["finetune"] + (compares and (followed or (kept and knobs.condition_dropout > 0)))
 
     def evaluate(self, base: Watched, before: Watched, after: Watched, section: Pair, inputs: dict[str, Step]) -> Step:
         e = self.config.evaluate

@@ -1,5 +1,6 @@
 """pairs + trajectories (+ last round's adapter) -> an adapter, and tables of its optimiser steps and of its timesteps."""
 
+import math
 import time
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import torch
 from fashiondpo_pipeline import adapters, diagnosis, schemas, seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.objectives import Evidence
 from fashiondpo_pipeline.progress import Progress
 from fashiondpo_pipeline.reference import Reference
 from fashiondpo_pipeline.terms import AUTO, made_of, terms_of
@@ -26,8 +28,10 @@ from stages.encode import sampled_of
 from stages.trained import note
 from stages.trained_on import Candidates
 
-# How far the first margins may be from 0 where the policy starts as its own reference: rounding, times beta.
-FIRST_MARGIN = {"float32": 0.05, "fp16": 0.5, "float16": 0.5, "bf16": 2.0, "bfloat16": 2.0}
+# How far apart two predictions of one network may be in calls of other shapes, in shares of their length: a hundred
+# times what their type rounds by; for float32, which hardly adds up, a thousand times what was measured (6e-7).
+# Another prompt, guidance or model moves a prediction by hundredths and more.
+ROUNDS = {"float32": 1e-3, "tf32": 0.05, "fp16": 0.05, "float16": 0.05, "bf16": 0.4, "bfloat16": 0.4}
 
 
 def run(session, step: Step, out: Output) -> None:
@@ -63,8 +67,13 @@ def run(session, step: Step, out: Output) -> None:
     progress.resume(checkpoint, weights, optimiser, scaler, reference, generator.device)
     started, micro_batch = time.monotonic(), knobs.micro_batch
 
+    start = Start(numerics(generator, knobs.precision)) if reference.is_policy and not progress.rows else None
+
     def evidence(batch: Batch, predictions: Predictions) -> dict:
-        return store.evidence(batch, predictions, reference.at(batch), candidates.scores_at(batch))
+        found = store.evidence(batch, predictions, reference.at(batch), candidates.scores_at(batch))
+        if start and not progress.rows:
+            start.see(found, store.rounding(batch, predictions, ROUNDS[start.numerics]))
+        return found
 
     to_do = list(enumerate(plan))[len(progress.rows):]
     bar = session.track(to_do, f"round {step.round} {step.name}", len(plan), len(progress.rows), "steps", now=lambda: in_words(progress))
@@ -86,9 +95,8 @@ def run(session, step: Step, out: Output) -> None:
                 micro_batch = reference.rows_at_once = _smaller(problem, min(micro_batch, _most_rows(units)), session, step)
         processes.total_gradients(list(weights.values()))
         _total(tally, processes)
-        if number == 0 and reference.is_policy:
-            own = str(getattr(generator, "dtype", torch.float32)).removeprefix("torch.")
-            _check_start(step, tally, own if knobs.precision == "no" else knobs.precision)
+        if start and number == 0:
+            start.check(step, tally)
         scaler.unscale_(optimiser)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), knobs.max_grad_norm)
         if not torch.isfinite(norm) and knobs.precision != "fp16":
@@ -178,11 +186,34 @@ def _total(tally: Tally, processes) -> None:
         processes.total(tally.by_column)
 
 
-def _check_start(step: Step, tally: Tally, numerics: str) -> None:
-    """Before the first update the policy is its own reference: every margin is 0, or the cache is not the reference's."""
-    if tally.widest > FIRST_MARGIN[numerics]:
-        raise UserError(
-            f"round {step.round} finetune: at step 0 the policy is its own reference, yet a margin is {tally.widest:.3g} and the loss "
-            f"{tally.means()['loss']:.4f} instead of a margin of 0: the candidates were drawn with other numerics than finetune uses; "
-            "draw and finetune with the same dtype, precision and device, or lower finetune.beta"
-        )
+def numerics(generator, precision: str) -> str:
+    """What the forwards round by: a key of ROUNDS."""
+    own = str(getattr(generator, "dtype", torch.float32)).removeprefix("torch.") if precision == "no" else precision
+    shorter = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if own == "float32" and generator.device.type == "cuda" and shorter else own
+
+
+class Start:
+    """Before the first update the policy is its own reference: gains are 0 but for rounding, or another model drew."""
+
+    def __init__(self, numerics: str):
+        self.numerics, self.most = numerics, 0.0
+
+    def see(self, evidence: dict[str, Evidence], rounding: dict[str, torch.Tensor]) -> None:
+        """Note how many times what rounding gives any row's gain is."""
+        for signal, found in evidence.items():
+            gain, most = found.gain.detach().double().abs(), rounding[signal]
+            times = gain / most.clamp(min=torch.finfo(torch.float64).tiny)
+            self.most = max(self.most, float(times.nan_to_num(nan=math.inf).max()))
+
+    def check(self, step: Step, tally: Tally) -> None:
+        if self.most > 1:
+            raise UserError(
+                f"round {step.round} finetune: at step 0 the policy is its own reference, yet a margin is "
+                f"{tally.widest:.3g} instead of 0, as "
+                f"predictions differ by {self.most:.2g} times the most that rounding ({self.numerics}) "
+                f"gives: these candidates were drawn by another "
+                "model, or with other prompts, guidance, dtype, precision or device than finetune uses; draw "
+                "and finetune with the same settings, "
+                "libraries and device (another --name or seed draws anew)"
+            )

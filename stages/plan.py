@@ -304,7 +304,7 @@ class Costs:
         if not hasattr(generator, "source"):
             return 0
         with torch.device("meta"):
-            denoiser = generator.source._class(generator.denoiser_part).from_config(generator.source.config(generator.denoiser_part))
+            denoiser = generator.source.class_of(generator.denoiser_part).from_config(generator.source.config(generator.denoiser_part))
             if knobs.adapter != adapters.FULL:
                 adapters.attach(denoiser.requires_grad_(False), knobs.rank, knobs.alpha or float(knobs.rank), knobs.targets, 0, knobs.adapter)
         tensors = {f"{generator.denoiser_part}.{name.replace('.policy', '')}": list(tensor.shape)

@@ -21,6 +21,7 @@ from fashiondpo_pipeline.diffusion import add_noise, split
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel, check_answer
+from fashiondpo_pipeline.generators.fields import SCHEDULERS
 from fashiondpo_pipeline.generators.text2img import text2img
 from fashiondpo_pipeline.sampling import Guidance, sample
 
@@ -355,13 +356,17 @@ def test_weights_that_are_missing_or_cut_off_are_refused_not_filled_with_chance(
 def test_a_flow_scheduler_on_a_unet(tiny_sd, tiny_sd3, tmp_path):
     folder = changed(tiny_sd, tmp_path / "sd", "", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     assert refused(str(folder)) == (
-        f"{folder} predicts 'flow'; this generator knows 'epsilon' and 'v_prediction': use another model, or correct its scheduler_config.json")
+        f"generator.model: {folder}: its scheduler is a 'FlowMatchEulerDiscreteScheduler', whose meaning is "
+        f"not known here (known: "
+        f"{', '.join(sorted(SCHEDULERS))}): use another model")
 
 
 def test_a_diffusion_scheduler_on_a_flow_model(tiny_sd3, tmp_path):
     folder = changed(tiny_sd3, tmp_path / "sd3", "", scheduler=["diffusers", "DDIMScheduler"])
     assert refused(str(folder)) == (
-        f"{folder} predicts 'epsilon'; this generator knows 'flow': use another model, or correct its scheduler_config.json")
+        f"generator.model: {folder}: its scheduler is a 'DDIMScheduler', whose meaning is not known here "
+        f"(known: "
+        "FlowMatchEulerDiscreteScheduler): use another model")
 
 
 def test_noise_cannot_be_predicted_where_there_is_nothing_else(tiny_sd, tiny_sd_v, tmp_path):

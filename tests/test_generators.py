@@ -64,7 +64,9 @@ def test_another_prediction_than_configured_is_refused(tiny_sd):
 def test_a_prediction_nobody_knows_is_refused(tiny_sd, tmp_path):
     folder = changed(tiny_sd, tmp_path / "sd", "scheduler", prediction_type="sample")
     assert refused(str(folder)) == (
-        f"{folder} predicts 'sample'; this generator knows 'epsilon' and 'v_prediction': use another model, or correct its scheduler_config.json"
+        f"generator.model: {folder}/scheduler/scheduler_config.json: prediction_type is 'sample', and only "
+        f"'epsilon' or 'v_prediction' is known "
+        "here: use another model, or set it to 'epsilon' or 'v_prediction' if the model was made so"
     )
 
 

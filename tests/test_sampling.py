@@ -164,7 +164,7 @@ def test_without_chance_there_is_no_density(generator):
 def test_the_last_step_has_no_density_where_it_ends_without_noise(generator):
     """With alpha_bar_end 1 the last DDIM step has no variance; its column is NaN and the others are not."""
     schedule = generator.schedule(4)
-    ends_clean = type(schedule)(schedule.alpha_bar, 1.0, schedule.timesteps, schedule.stride, schedule.prediction)
+    ends_clean = type(schedule)(schedule.alpha_bar, 1.0, schedule.timesteps, schedule.prediction)
     path = sample(generator.denoise, ends_clean, generator.condition(ROWS[:1], Guidance()), [seeds.generator(0)],
                   generator.latent_shape, eta=1.0, save=[0, 1, 2, 3])
     assert torch.isfinite(path.log_prob).tolist() == [[True, True, True, False]]

@@ -21,8 +21,11 @@ from fashiondpo_pipeline import adapters, checkpoints
 from fashiondpo_pipeline.diffusion import EPSILON, FLOW, Ddim, Schedule, V
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.flow import Flow
+from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.sampling import Condition, Guidance, Parts
 
+# two noise schedules, in shares of signal: half precision rounds by 0.004, rescaling to no signal moves by 0.03
+ALIKE = 0.01
 DECODED_PIXELS = 2**21  # at once
 
 
@@ -50,6 +53,12 @@ class DiffusersModel:
     flow: ClassVar[bool] = False
     patch: ClassVar[int] = 1  # the latent's height and width must be multiples of this
     default_size: ClassVar[int | None] = None  # of the latent, where the denoiser's configuration does not say
+    # what is done about each field of a configuration, by diffusers' class; others are refused
+    pipeline_fields: ClassVar[fields.Table]
+    denoisers: ClassVar[dict[str, fields.Table]]
+    vaes: ClassVar[dict[str, fields.Table]] = {"AutoencoderKL": fields.VAE}
+    schedulers: ClassVar[dict[str, fields.Table]] = fields.SCHEDULERS
+    corrected: ClassVar[dict[str, Any]] = {}  # fields of the scheduler that diffusers' pipeline overrules
 
     def __init__(self, source: "checkpoints.Source", options: Options):
         self.source, self.options = source, options
@@ -60,7 +69,10 @@ class DiffusersModel:
         self.encodings: dict[str, Parts] = {}  # prompt -> its parts, each without a batch dimension
         diffusers_logging.disable_progress_bar()  # loading a folder takes a second; our own bars say what takes long
         transformers_logging.disable_progress_bar()
-        self.scheduler = source.scheduler()
+        self._check_configurations()
+        self.scheduler = self._scheduler()
+        self._check_noise()
+        self.prediction = FLOW if self.flow else self.scheduler.config.prediction_type
         self._check_prediction(options.prediction)
         if self.device.type == "cuda":
             self._settle_gpu()
@@ -127,38 +139,116 @@ class DiffusersModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # -- the walk
+    # -- what the configurations say
+
+    def configuration(self, part: str) -> dict[str, Any]:
+        """A part's configuration, with what diffusers' class takes for the fields that are not there."""
+        return fields.defaults_of(self.source.class_of(part)) | self.source.config(part)
+
+    def _check_configurations(self) -> None:
+        """Raises UserError with every class and field that is not known here, before anything is loaded."""
+        parts = {"scheduler": self.schedulers, "vae": self.vaes, self.denoiser_part: self.denoisers}
+        found = fields.problems(self.source.place(""), self.source.index, self.pipeline_fields)
+        for part, known in parts.items():
+            found += self._unknown(part, known)
+        found = found or [*self._misfits(), *self.source.contradictions(self.configuration("scheduler"))]
+        if found:
+            raise UserError("\n".join(found))
+
+    def _unknown(self, part: str, known: dict[str, fields.Table]) -> list[str]:
+        kind, config = self.source.class_of(part), self.source.config(part)
+        if part == "scheduler":
+            config = config | self.corrected
+        for name in (kind.__name__, config.get("_class_name", kind.__name__)):
+            if name not in known:
+                return [f"generator.model: {self.name}: its {part} is a '{name}', whose meaning is not known "
+                        f"here (known: "
+                        f"{', '.join(sorted(known))}): use another model"]
+        defaults = fields.defaults_of(kind)
+        return fields.problems(self.source.place(part), config, known[kind.__name__], defaults, kind.__name__)
+
+    def _misfits(self) -> list[str]:
+        """What of the configurations does not go together, a sentence each."""
+        found, denoiser, vae = [], self.configuration(self.denoiser_part), self.configuration("vae")
+        channels, out = self._channels(denoiser), denoiser.get("out_channels")
+        if out not in (None, denoiser["in_channels"]):
+            found.append(f"generator.model: {self.source.place(self.denoiser_part)}: out_channels is {out} "
+                         f"and in_channels {denoiser['in_channels']}; "
+                         f"a {self.pipeline} has a denoiser that is told the latent alone and answers in its "
+                         f"shape: use another model")
+        elif channels != vae["latent_channels"]:
+            found.append(f"generator.model: the latents of {self.name} have {vae['latent_channels']} "
+                         f"channels in its VAE and {channels} in its "
+                         "denoiser: use another model")
+        given = [name for name in ("latents_mean", "latents_std") if vae.get(name) is not None]
+        if len(given) == 1 or any(len(vae[name]) != vae["latent_channels"] for name in given):
+            found.append(f"generator.model: {self.source.place('vae')}: latents_mean and latents_std must "
+                         f"both have a number for each of the "
+                         f"{vae['latent_channels']} channels, or both be null: correct the file")
+        scheduler = self.configuration("scheduler")
+        if scheduler.get("prediction_type") == EPSILON and scheduler.get("rescale_betas_zero_snr"):
+            found.append(f"the scheduler of {self.name} begins with no signal at all "
+                         f"(rescale_betas_zero_snr) and yet predicts 'epsilon', "
+                         "which then says nothing of the picture: correct its scheduler_config.json (such "
+                         "models predict 'v_prediction')")
+        return found
+
+    def _scheduler(self) -> Any:
+        """diffusers' scheduler that walks as is done here: DDIM on the model's own noise schedule, or the flow's."""
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+        kind = FlowMatchEulerDiscreteScheduler if self.flow else DDIMScheduler
+        # what noise there is is as the model's own class takes it where the file is silent; how it is walked, as DDIM
+        own = fields.defaults_of(self.source.class_of("scheduler"))
+        said = {name: own[name] for name in fields.MODELS_OWN if name in own}
+        said |= self.source.config("scheduler") | self.corrected
+        try:
+            return kind(**{name: value for name, value in said.items() if name in fields.defaults_of(kind)})
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise UserError(f"generator.model: {self.source.place('scheduler')} makes no scheduler "
+                            f"({problem}): correct it, or get the model "
+                            "anew") from problem
+
+    def _check_noise(self) -> None:
+        """Raises UserError if a noise schedule that lies beside the weights is not the scheduler's."""
+        beside = None if self.flow else self.source.alpha_bar()
+        if beside is None:
+            return
+        own = self.scheduler.alphas_cumprod
+        apart = float((beside.float() - own).abs().max()) if beside.shape == own.shape else float("nan")
+        if not apart < ALIKE:
+            raise UserError(f"generator.model: {self.name} holds its noise schedule "
+                            f"({checkpoints.ALPHA_BAR}, {len(beside)} timesteps), and that of "
+                            f"{self.source.place('scheduler')} is another one (they differ by {apart:.2g}): "
+                            f"correct beta_start, beta_end, "
+                            "beta_schedule or rescale_betas_zero_snr there, or name the folder of a model "
+                            "like it in generator.config")
 
     def _check_prediction(self, wanted: str) -> None:
-        config = self.scheduler.config
-        found = FLOW if type(self.scheduler).__name__.startswith("FlowMatch") else config.get("prediction_type", EPSILON)
-        known = (FLOW,) if self.flow else (EPSILON, V)
-        if found not in known:
-            raise UserError(f"{self.name} predicts '{found}'; this generator knows {' and '.join(repr(k) for k in known)}: "
-                            "use another model, or correct its scheduler_config.json")
-        if wanted not in ("auto", found):
-            raise UserError(f"generator.prediction is '{wanted}', but the scheduler of {self.name} says '{found}': "
+        if wanted not in ("auto", self.prediction):
+            raise UserError(f"generator.prediction is '{wanted}', but the scheduler of {self.name} says "
+                            f"'{self.prediction}': "
                             "set generator.prediction to auto, or correct the model's scheduler_config.json")
-        if found == EPSILON and config.get("rescale_betas_zero_snr"):
-            raise UserError(f"the scheduler of {self.name} begins with no signal at all (rescale_betas_zero_snr) and yet predicts 'epsilon', "
-                            "which then says nothing of the picture: correct its scheduler_config.json (such models predict 'v_prediction')")
-        self.prediction = found
+
+    # -- the walk
 
     def schedule(self, steps: int) -> Schedule:
-        """The model's own noise schedule in `steps` steps: as diffusers' DDIM walks it, or its flow scheduler."""
+        """The model's own noise in `steps` steps, at the timesteps of diffusers' DDIM or of its flow scheduler."""
         if self.flow:
             return self._flow_schedule(steps)
-        from diffusers import DDIMScheduler
-
-        noise = DDIMScheduler.from_config(self.scheduler.config)
-        noise.set_timesteps(steps)
-        return Ddim(
-            alpha_bar=noise.alphas_cumprod.double(),
-            alpha_bar_end=float(noise.final_alpha_cumprod),
-            timesteps=noise.timesteps.long(),
-            stride=noise.config.num_train_timesteps // steps,
-            prediction=self.prediction,
-        )
+        most = self.scheduler.config.num_train_timesteps
+        if steps > most:
+            raise UserError(f"sample.steps is {steps}, and {self.name} was trained with {most} timesteps: "
+                            f"lower it")
+        self.scheduler.set_timesteps(steps)
+        timesteps = self.scheduler.timesteps.long()
+        if not 0 <= int(timesteps.min()) <= int(timesteps.max()) < most:
+            raise UserError(f"sample.steps {steps}: the walk would go from timestep {timesteps.max()} to "
+                            f"{timesteps.min()}, and {self.name} knows those "
+                            f"from 0 to {most - 1}: lower it, or correct steps_offset in "
+                            f"{self.source.place('scheduler')}")
+        alpha_bar, end = self.scheduler.alphas_cumprod.double(), float(self.scheduler.final_alpha_cumprod)
+        return Ddim(alpha_bar, end, timesteps, self.prediction)
 
     def _flow_schedule(self, steps: int, sigmas: np.ndarray | None = None) -> Flow:
         config = self.scheduler.config
@@ -179,10 +269,16 @@ class DiffusersModel:
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w); read from the configurations, no weights are needed."""
-        config, factor = self.source.config(self.denoiser_part), self.vae_factor
+        config, factor = self.configuration(self.denoiser_part), self.vae_factor
         size = self.default_size or config["sample_size"]
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        if size is None and not all((self.options.height, self.options.width)):
+            raise UserError(f"sample.height and sample.width: {self.source.place(self.denoiser_part)} does "
+                            f"not say how large pictures are "
+                            "(sample_size is null); set both")
         unit = factor * self.patch
-        height, width = self.options.height or size * factor, self.options.width or size * factor
+        asked = self.options.height, self.options.width
+        height, width = (given or side * factor for given, side in zip(asked, sides, strict=True))
         if height % unit or width % unit:
             raise UserError(f"sample.height and sample.width must be multiples of {unit} for {self.name}, not {height}x{width}")
         return self._channels(config), height // factor, width // factor
@@ -193,7 +289,7 @@ class DiffusersModel:
     @cached_property
     def vae_factor(self) -> int:
         """Pixels a latent cell, in each direction."""
-        return 2 ** (len(self.source.config("vae")["block_out_channels"]) - 1)
+        return 2 ** (len(self.configuration("vae")["block_out_channels"]) - 1)
 
     # -- prompts
 
@@ -267,8 +363,7 @@ class DiffusersModel:
         if len(x_0) > self.decode_rows:
             found = [self.decode(part) for part in x_0.split(self.decode_rows)]
             return np.concatenate([pixels for pixels, _ in found]), np.concatenate([sound for _, sound in found])
-        config = self.vae.config
-        latents = x_0.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        latents = self._to_vae(x_0.to(self.vae.dtype))
         pixels = self.vae.decode(latents, return_dict=False)[0]  # (b, 3, H, W), -1..1
         sound = torch.isfinite(pixels).flatten(1).all(1).cpu().numpy()
         pixels = (pixels.nan_to_num() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
@@ -277,12 +372,33 @@ class DiffusersModel:
     @torch.inference_mode()
     def encode_pictures(self, pixels: np.ndarray) -> Tensor:
         """Latents (b, c, h, w) on the CPU of pictures (b, H, W, 3) uint8: the mean that the VAE's encoder gives, as `decode` takes it."""
-        config, found = self.vae.config, []
+        found = []
         for part in torch.from_numpy(pixels).split(self.decode_rows):
             x = part.to(self.device, self.vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1  # (b, 3, H, W), -1..1
             mean = self.vae.encode(x).latent_dist.mode()
-            found.append(((mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor).float().cpu())
+            found.append(self._of_vae(mean).float().cpu())
         return torch.cat(found)
+
+    def _to_vae(self, x_0: Tensor) -> Tensor:
+        """Latents as the VAE's decoder takes them, of latents as the denoiser knows them, (b, c, h, w)."""
+        config = self.vae.config
+        if config.latents_mean is None:
+            return x_0 / config.scaling_factor + (config.shift_factor or 0.0)
+        mean, std = self._latent_spread(x_0)
+        return x_0 * std / config.scaling_factor + mean
+
+    def _of_vae(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        config = self.vae.config
+        if config.latents_mean is None:
+            return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+        mean, std = self._latent_spread(latents)
+        return (latents - mean) * config.scaling_factor / std
+
+    def _latent_spread(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.vae.config.latents_mean, self.vae.config.latents_std
+        mean, std = (like.new_tensor(values).reshape(1, -1, 1, 1) for values in both)
+        return mean, std
 
     def save_adapter(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors` in `folder`, for `load_lora_weights` of any pipeline of this family."""

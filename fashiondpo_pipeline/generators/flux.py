@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.flow import Flow
+from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
 from fashiondpo_pipeline.sampling import Condition, Guidance, Parts
 
@@ -22,6 +23,10 @@ class Flux(DiffusersModel):
     denoiser_part = "transformer"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     flow = True
+    pipeline_fields = fields.FLUX_PIPELINE
+    denoisers = {"FluxTransformer2DModel": fields.FLUX}  # noqa: RUF012 - a constant
+    vaes = {"AutoencoderKL": fields.VAE | {"shift_factor": fields.READ}}  # noqa: RUF012 - a constant
+    schedulers = fields.FLOW_SCHEDULERS
     patch = 2
     default_size = 128  # the transformer's configuration names no size; diffusers draws 1024 pixels
     _most_shift = 1.15
@@ -56,8 +61,7 @@ class Flux(DiffusersModel):
         return config["in_channels"] // 4
 
     def _flow_schedule(self, steps: int, sigmas: np.ndarray | None = None) -> Flow:
-        given = None if self.scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
-        return super()._flow_schedule(steps, given)
+        return super()._flow_schedule(steps, np.linspace(1.0, 1 / steps, steps))
 
     def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         b, c, h, w = x_t.shape

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
 from fashiondpo_pipeline.sampling import Parts
 
@@ -12,6 +13,10 @@ class StableDiffusion(DiffusersModel):
     """Rombach et al. 2022 (2112.10752). Parts: tokens (b, n, d)."""
 
     pipeline = "StableDiffusionPipeline"
+    pipeline_fields = fields.STABLE_DIFFUSION_PIPELINE
+    denoisers = {"UNet2DConditionModel": fields.UNET}  # noqa: RUF012 - a constant
+    # as diffusers' own pipeline does with files from before these fields
+    corrected = {"steps_offset": 1, "clip_sample": False}  # noqa: RUF012 - a constant
     _not_needed = ("safety_checker", "feature_extractor")
     _pipeline_options = {"requires_safety_checker": False}  # noqa: RUF012 - a constant
 

@@ -1,9 +1,12 @@
 """Stable Diffusion 3 and 3.5: a transformer on a rectified flow, two CLIP encoders and T5."""
 
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
 from fashiondpo_pipeline.sampling import Parts
 
@@ -15,6 +18,10 @@ class StableDiffusion3(DiffusersModel):
     denoiser_part = "transformer"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     flow = True
+    pipeline_fields = fields.SD3_PIPELINE
+    denoisers = {"SD3Transformer2DModel": fields.SD3}  # noqa: RUF012 - a constant
+    vaes = {"AutoencoderKL": fields.VAE | {"shift_factor": fields.READ}}  # noqa: RUF012 - a constant
+    schedulers = fields.FLOW_SCHEDULERS
     patch = 2
 
     def encode(self, prompt: str) -> Parts:
@@ -27,6 +34,18 @@ class StableDiffusion3(DiffusersModel):
         t5 = 256 if self.source.index.get("text_encoder_3", [None])[0] else clip  # diffusers fills up to as many
         return {"tokens": (clip + t5, self.source.config("transformer")["joint_attention_dim"]),
                 "pooled": (first["projection_dim"] + second["projection_dim"],)}
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        channels, height, width = super().latent_shape
+        most = self.configuration("transformer")["pos_embed_max_size"]
+        if max(height, width) > most * self.patch:
+            unit = self.vae_factor * self.patch
+            raise UserError(f"sample.height and sample.width: {self.name} knows places in pictures up to "
+                            f"{most * unit} pixels wide and high "
+                            f"(pos_embed_max_size), not "
+                            f"{height * self.vae_factor}x{width * self.vae_factor}: draw smaller ones")
+        return channels, height, width
 
     def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         return denoiser(hidden_states=x_t, timestep=t, encoder_hidden_states=parts["tokens"],

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
 from fashiondpo_pipeline.sampling import Parts
 
@@ -13,6 +14,13 @@ class StableDiffusionXL(DiffusersModel):
     """Podell et al. 2023 (2307.01952). Parts: tokens (b, n, d), pooled (b, d)."""
 
     pipeline = "StableDiffusionXLPipeline"
+    pipeline_fields = fields.SDXL_PIPELINE
+    denoisers = {  # noqa: RUF012 - a constant
+        "UNet2DConditionModel": fields.UNET | {"addition_embed_type": fields.one_of("text_time")},
+    }
+    vaes = {  # noqa: RUF012 - a constant
+        "AutoencoderKL": fields.VAE | {"latents_mean": fields.READ, "latents_std": fields.READ},
+    }
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def encode(self, prompt: str) -> Parts:
@@ -28,6 +36,17 @@ class StableDiffusionXL(DiffusersModel):
         if not self.source.index.get("force_zeros_for_empty_prompt", True):
             return None
         return {name: torch.zeros_like(part) for name, part in self.encode("").items()}
+
+    def _misfits(self) -> list[str]:
+        unet, pooled = self.configuration("unet"), self.layout()["pooled"][0]
+        wanted = unet["projection_class_embeddings_input_dim"]
+        told = 6 * (unet["addition_time_embed_dim"] or 0) + pooled
+        found = super()._misfits()
+        if wanted != told:
+            found.append(f"generator.model: {self.source.place('unet')}: the denoiser wants {wanted} numbers beside the prompt "
+                         "(projection_class_embeddings_input_dim), and six of the picture's size with the pooled prompt are "
+                         f"{told}, as for a refiner or another model: use another one")
+        return found
 
     def call(self, denoiser: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         height, width = (side * self.vae_factor for side in x_t.shape[-2:])

@@ -95,7 +95,7 @@ def counted(name: str, config: Config) -> dict[str, float]:
 
 
 def _fake_denoiser(generator: Any) -> Any:
-    kind = generator.source._class(generator.denoiser_part)
+    kind = generator.source.class_of(generator.denoiser_part)
     torch.set_default_dtype(torch.bfloat16)
     try:
         denoiser = kind(**generator.source.config(generator.denoiser_part)).requires_grad_(False).eval()

@@ -112,7 +112,7 @@ class Invented(Source):
         return self.of["vae"] if part == "vae" else self.of["scheduler"][1] if part == "scheduler" else self.of["denoiser"][2]
 
     def part(self, name: str, dtype: torch.dtype) -> Any:
-        kind = self._class(name)
+        kind = self.class_of(name)
         if not issubclass(kind, torch.nn.Module):
             return kind(**self.config(name))
         before = torch.get_default_dtype()

@@ -8,11 +8,12 @@ from fashiondpo_pipeline.config import Finetune, Sample
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.later import Later
 from fashiondpo_pipeline.objectives import BUILTIN, Evidence, Objective, Term, signals_of
-from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.registry import OBJECTIVES, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+
+    from fashiondpo_pipeline.pairsets import PairSet
 else:  # it takes longer to import than all that is said here
     torch = Later("torch")
 
@@ -57,7 +58,7 @@ def check_fits_candidates(knobs: Finetune, sample: Sample, asked_twice: bool) ->
                             "set sample.path to true, use diffusion_dpo, or set finetune.signal to error")
 
 
-def check_fits_pictures(knobs: Finetune, pairs: PairSet | None = None) -> None:
+def check_fits_pictures(knobs: Finetune, pairs: "PairSet | None" = None) -> None:
     """Raises UserError for what needs more than pictures and who won: where a sampler stepped, experts' scores, or asking them twice.
 
     pairs: what it is to be trained on, None before it is known: some objectives can make nothing of shares of votes, some need rankings.

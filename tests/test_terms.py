@@ -1,6 +1,5 @@
 """What a configuration's objectives take, and every knob that they would not heed, each with its sentence."""
 
-import math
 
 import pytest
 
@@ -54,11 +53,11 @@ WRONG = [
     ({"objective": "cdpo", "options": {"label_smoothing": "x"}}, "finetune.options.label_smoothing: should be a number, not 'x'"),
     ({"objective": "cdpo", "options": {"label_smoothing": None}}, "finetune.options.label_smoothing: should be a number, not None"),
     ({"objective": "cdpo", "options": {"label_smoothing": True}}, "finetune.options.label_smoothing: should be a number, not True"),
-    ({"objective": "kto", "options": {"desirable": math.nan}}, "finetune.options.desirable: should be a number, not nan"),
     ({"options": {"ratio_clip": -3}}, "finetune.options.ratio_clip: this is a knob of its own; write finetune.ratio_clip"),
     ({"options": {"smoothing": 0.1}}, "finetune.options.smoothing: step_dpo takes no such option; it takes none"),
     ({"objective": "json:loads"},
-     "finetune.objective: json:loads is a function, not an objective: name an instance of fashiondpo_pipeline.objectives.Objective"),
+     "the objective 'json:loads' names Python's own module json, which holds none: name a class of yours"),
+    ({"objective": "whole_runs:fdpo"}, "the objective 'whole_runs:fdpo' is none: it is a function, not an objectives.Objective"),
 ]
 
 

@@ -343,18 +343,19 @@ def list_experts(
 @app.command("import")
 def import_pairs(
     format: Annotated[str, typer.Argument(metavar="FORMAT", help="pickapic, invoke, captions, huggingface, folders, kto, csv, json")],
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="the file, or the folder it lies in")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="the file, or the folder it lies in; or hf://OWNER/NAME@COMMIT, a data set of the hub")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="the pair set's folder; default: pairs/NAME here")] = None,
     columns: Annotated[str | None, typer.Option("--columns", metavar="OURS=THEIRS,...", help="which columns hold what: "
                                                 "winner=preferred,loser=unpreferred,prompt=text")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME|all", help="the part that is read where there are several; "
                                               "default: train")] = None,
+    most: Annotated[int | None, typer.Option("--most", min=1, metavar="N", help="take N rows, and look at nothing more")] = None,
 ) -> None:
     """Make a pair set of another program's preferences; every row left out is counted with its reason. Then: `fdpo finetune --pairs DIR`."""
     from fashiondpo_pipeline.terminal import say
     from stages import exchanging
 
-    exchanging.bring_in(format, path, out, say, columns, split)
+    exchanging.bring_in(format, path, out, say, columns, split, most)
 
 
 @app.command("export-pairs")

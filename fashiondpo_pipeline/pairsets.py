@@ -265,7 +265,7 @@ def in_words(pairs: PairSet) -> str:
         shared = f", {pairs.shares:,} of them by a share of votes" if pairs.shares else ""
         text += f" ({won:,} with a winner{shared}, {counts['ties']:,} ties, {bare:,} not labelled)"
     if dropped:
-        text += f"; {sum(dropped.values()):,} rows left out: " + ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
+        text += f"; {sum(dropped.values()):,} left out: " + ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
     return text
 
 

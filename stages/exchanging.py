@@ -47,19 +47,20 @@ def _pairs(paired: Output) -> Iterator[dict]:
             yield {"group": row["group"], "first": first, "second": second, "label": float(not swap), "gap": row["margin"]}
 
 
-def bring_in(name: str, path: Path, folder: Path | None, say: Callable[[str], None], columns: str | None = None,
-             split: str | None = None) -> PairSet:
+def bring_in(name: str, path: Path | str, folder: Path | None, say: Callable[[str], None], columns: str | None = None,
+             split: str | None = None, most: int | None = None) -> PairSet:
     """`fdpo import`: other programs' files as a pair set, with what was left out and what the checks say.
 
-    columns: OURS=THEIRS with commas between. split: the part that is read, "all", or None for the training part.
+    path: here, or hf://OWNER/NAME@COMMIT. columns: OURS=THEIRS with commas between. split: the part that is read, "all", or None for the
+    training part. most: rows that are taken.
     """
-    folder = folder or Path("pairs") / path.stem
-    pairs = formats.read(name, path, folder, columns_of(columns), split)
+    folder = folder or Path("pairs") / Path(str(path).partition("@")[0] if str(path).startswith("hf:") else path).stem
+    pairs = formats.read(name, path, folder, columns_of(columns), split, most)
     found = checks.check(pairs)
     write_json(folder / "checks.json", found)
     say(pairsets.in_words(pairs))
     if pairs.manifest["dropped"]:
-        say(f"every row left out, and why: {folder / 'dropped.jsonl'}")
+        say(f"everything left out, and why: {folder / 'dropped.jsonl'}")
     for line in formats.notes(pairs):
         say(line)
     for line in checks.sentences(found):

@@ -286,6 +286,13 @@ class Shelf:
         """Candidates, whose numbers these are, each with its picture."""
         return views.with_pictures(rows, self._pictures(["picture"], numbers)["picture"])
 
+    def with_prompts(self, rows: pa.Table) -> pa.Table:
+        """Rows of groups, each with its prompt beside its key."""
+        keys = rows["group"].combine_chunks().dictionary_encode()
+        texts = self.prompts_of(keys.dictionary.to_pylist())
+        prompts = pa.array([texts[key] for key in keys.dictionary.to_pylist()], pa.string()).take(keys.indices)
+        return rows.add_column(rows.column_names.index("group") + 1, schemas.CANDIDATES.field("prompt"), prompts)
+
     # -- filters
 
     @property
@@ -315,6 +322,8 @@ def _export(shelf: Shelf, found: Found, kind: str, path: Path) -> str:
     rows = found.table(which)
     if (shelf.asked.table, kind) == ("candidates", "parquet"):
         rows = shelf.with_pictures(rows, found.numbers[which])
+    if shelf.asked.table == "pairs":
+        rows = shelf.with_prompts(rows)
     WRITERS[kind](path, views.without_lists(rows) if kind == "csv" else rows)
     return f"{len(which):,} rows"
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from fashiondpo_pipeline import formats, pairsets
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import files
+from fashiondpo_pipeline.formats import files, tables, trees
 from fashiondpo_pipeline.formats.pickapic import label_of
 
 
@@ -42,10 +43,11 @@ PROMPTS = ["a red dress", '=HYPERLINK("http://x"), "two"\nlines']
 KINDS = ["PNG", "JPEG", "WEBP", "PNG", "PNG"]
 PAIRS = [(0, 0, 1, 1.0, "7", 0.5, "100"), (0, 2, 0, 0.0, "8", None, "101"), (0, 1, 2, 0.5, None, None, "102"), (1, 3, 4, 0.0, "7", -0.25, "103"),
          (1, 4, 3, None, None, None, None)]
-NOWHERE = {f"the format has no place for a pair's {name}": count for name, count in {"annotator": 3, "gap": 2, "source": 4}.items()}
+NAMELESS = {"the format has no place for a picture's name": 5}
+NOWHERE = {f"the format has no place for a pair's {name}": count for name, count in {"annotator": 3, "gap": 2, "source": 4}.items()} | NAMELESS
 ASKS = {  # format -> columns that come back, what of the others is counted as left out
     "pickapic": ([3, 4, 6], {"the format has no place for a pair's gap": 2}), "huggingface": ([3, 4, 5, 6], {}), "csv": ([3, 4, 5, 6], {}),
-    "json": ([3, 4, 5, 6], {}),
+    "json": ([3, 4, 5, 6], NAMELESS),
     "invoke": ([3], NOWHERE)}
 
 
@@ -95,7 +97,7 @@ def test_a_round_trip_keeps_bytes_labels_and_order(name, made, tmp_path):
     assert written["pairs"] == 5 and lost == nowhere and not reasons(back)
 
 
-@pytest.mark.parametrize("name", ["pickapic", "huggingface"])
+@pytest.mark.parametrize("name", ["pickapic", "huggingface", "csv"])
 def test_what_pictures_were_called_comes_back_where_the_format_has_a_place_for_it(name, made, tmp_path):
     back, _, _ = there_and_back(name, made, tmp_path)
     assert {r["source"] for table in back.pictures() for r in table.to_pylist()} == {f"uid-{n}" for n in range(5)}
@@ -107,7 +109,7 @@ def test_folders_keep_who_won_and_say_what_they_have_no_place_for(made, tmp_path
                           (PROMPTS[0], painted(0), painted(2, "WEBP"), 1.0, None, None, None),
                           (PROMPTS[1], painted(4), painted(3), 1.0, None, None, None)]
     assert written == {"pairs": 3} and lost == {"the pair is a tie": 1, "the pair has no label": 1} | NOWHERE
-    assert [row["where"] for row in listed(tmp_path / "folders")] == ["pair 3", "pair 5", "pairs", "pairs", "pairs"]
+    assert [row["where"] for row in listed(tmp_path / "folders")] == ["pair 3", "pair 5", "pairs", "pairs", "pairs", "pictures"]
     assert back.manifest["placed"] is False
 
 
@@ -115,7 +117,7 @@ def test_captions_keep_every_picture_and_count_the_pairs_as_lost(made, tmp_path)
     back, written, lost = there_and_back("captions", made, tmp_path)
     found = [(r["prompt"], r["picture"]["bytes"]) for table in back.pictures() for r in table.to_pylist()]
     assert found == [(PROMPTS[n > 2], painted(n, KINDS[n])) for n in range(5)]
-    assert written == {"pictures": 5} and lost == {"the format holds pictures, not pairs": 5} and back.counts["pairs"] == 0
+    assert written == {"pictures": 5} and lost == {"the format holds pictures, not pairs": 5} | NAMELESS and back.counts["pairs"] == 0
 
 
 def test_thumbs_go_there_and_back_and_each_liked_picture_beats_each_other_one(tmp_path):
@@ -132,7 +134,9 @@ def test_thumbs_go_there_and_back_and_each_liked_picture_beats_each_other_one(tm
     back, written, lost = there_and_back("kto", found, tmp_path)
     assert [(r["prompt"], r["picture"]["bytes"], r["liked"]) for table in back.pictures() for r in table.to_pylist()] == [
         (caption, painted(n), label == "exclusive_win") for n, (caption, label) in enumerate(rows)]
-    assert told(back) == told(found) and written == {"exclusive_win": 3, "exclusive_lose": 2} and not lost
+    assert told(back) == told(found) and written == {"exclusive_win": 3, "exclusive_lose": 2} and lost == NAMELESS
+    for name in ("csv", "folders"):
+        assert formats.write(name, found, tmp_path / name)[1]["the format has no place for a picture's thumb"] == 5
 
 
 def test_thumbs_of_pairs_are_who_won_and_who_lost(made, tmp_path):
@@ -177,7 +181,8 @@ def test_hugging_faces_own_library_reads_what_is_written(made, tmp_path):
 def test_any_text_survives_a_csv_and_none_is_a_formula(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("csv") / "t.csv"
     files.write_csv(path, ["prompt", "label"], iter([[text, 0.5], ["'" + text, None]]))
-    assert [make() for _, make in files.csv_rows(path)] == [{"prompt": text, "label": "0.5"}, {"prompt": "'" + text, "label": ""}]
+    rows = [make() for _, make in tables.csv_rows(trees.at(path), path.name)]
+    assert rows == [{"prompt": text, "label": "0.5"}, {"prompt": "'" + text, "label": ""}]
     for row in list(csv.reader(io.StringIO(path.read_bytes().decode(), newline="")))[1:]:
         assert row[0][0] not in "=+-@\t\r\n"
 
@@ -247,13 +252,14 @@ def test_a_half_broken_file_gives_what_is_whole_and_names_every_loss(source, tmp
     assert [row[0] for row in told(found)] == ["a hat", "a bag"]
     losses = listed(tmp_path / "set")
     assert [(row["where"], row["reason"]) for row in losses] == [
-        (f"metadata.jsonl, line {number}", reason) for number, (_, reason) in enumerate(BAD_LINES, 2)]
-    assert sum(reasons(found).values()) == len(BAD_LINES) and reasons(found)["the path leads out of its folder"] == 6
+        *((f"metadata.jsonl, line {number}", reason) for number, (_, reason) in enumerate(BAD_LINES, 2)),
+        ("link.png", "the link leads out of the folder"), ("linked", "the link leads out of the folder"), ("pipe", "it is no regular file")]
+    assert sum(reasons(found).values()) == len(BAD_LINES) + 3 and reasons(found)["the path leads out of its folder"] == 6
     assert all(painted(3) not in row for row in told(found))
 
 
 def test_a_line_that_never_ends_is_left_out_in_bounded_pieces(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 200)
+    monkeypatch.setattr(tables, "MOST_LINE", 200)
     (source / "metadata.jsonl").write_text(preference("") + "\n" + "x" * 1000 + "\n" + preference("", prompt="a bag") + "\n")
     found = formats.read("invoke", source, tmp_path / "set")
     assert [row[0] for row in told(found)] == ["a hat", "a bag"] and listed(tmp_path / "set")[0]["where"] == "metadata.jsonl, line 2"
@@ -261,7 +267,8 @@ def test_a_line_that_never_ends_is_left_out_in_bounded_pieces(source, tmp_path, 
 
 def test_where_nothing_can_be_used_there_is_a_sentence_and_no_set(source, tmp_path):
     (source / "metadata.jsonl").write_text(preference("", image_0="../secret.png") + "\n")
-    with pytest.raises(UserError, match=r"nothing in it can be used as 'invoke' \(1 x the path leads out of its folder; every one of them: "
+    with pytest.raises(UserError, match=r"nothing in it can be used as 'invoke' \(2 x no row that was taken names the picture; "
+                                         r"1 x the path leads out of its folder; every one of them: "
                                          r".*/\.set\.tmp/dropped\.jsonl\): it needs a metadata\.jsonl"):
         formats.read("invoke", source, tmp_path / "set")
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -273,10 +280,10 @@ def test_where_nothing_can_be_used_there_is_a_sentence_and_no_set(source, tmp_pa
     ("invoke", "metadata.jsonl is not there"), ("pickapic", "there is no .parquet file in it"), ("folders", "there are no folders w and l in it"),
     ("kto", "there is no train_processed_v3.csv in it, and 0 other .csv files"), ("csv", "pairs.csv is not there"),
     ("json", "there is no .json file in it"),
-    ("huggingface", "there is no .parquet, metadata.jsonl or metadata.csv in it")])
+    ("huggingface", "there is no table in it (.parquet, .arrow, .jsonl")])
 def test_an_empty_folder_is_told_what_it_lacks(name, sentence, tmp_path):
     (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         formats.read(name, tmp_path / "in", tmp_path / "set")
 
 
@@ -332,7 +339,7 @@ def test_a_damaged_page_costs_the_rows_behind_it_and_says_how_many(tmp_path):
     at = column.dictionary_page_offset or column.data_page_offset
     data[at : at + 40] = b"\xff" * 40
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match="1 x the Parquet file is broken"):
+    with pytest.raises(UserError, match="4 x the Parquet file is broken"):
         formats.read("pickapic", path, tmp_path / "set")
     assert "4 of its 4 rows" in (tmp_path / ".set.tmp" / "dropped.jsonl").read_text()
 
@@ -377,7 +384,7 @@ def test_a_csvs_broken_rows_are_named(source, tmp_path):
     assert [row[3] for row in told(found)] == [1.0, None]
     assert [(row["where"], row["reason"]) for row in listed(tmp_path / "set")] == [
         ("pairs.csv, line 3", "the row has not as many cells as the first line"), ("pairs.csv, line 4", "the label is not a number"),
-        ("pairs.csv, line 5", "the prompt is not UTF-8")]
+        ("pairs.csv, line 5", "the row is not UTF-8: save the table as 'CSV UTF-8'")]
 
 
 def test_shares_and_pictures_without_a_pair_are_counted_when_a_format_has_no_place_for_them(tmp_path):

@@ -310,7 +310,7 @@ def test_import_and_export_say_what_they_did_and_what_they_left_out(place):
     pickapic(place / "p.parquet", label_1=[0.0, 1.0, 1.0, 0.5])
     told = works("import", "pickapic", "p.parquet")
     assert told.out == "pairs/p\n"
-    assert "6 pictures, 3 pairs (2 with a winner, 0 ties, 1 not labelled); 1 rows left out: 1 x label_0 and label_1 do not add up to 1" in told.err
+    assert "6 pictures, 3 pairs (2 with a winner, 0 ties, 1 not labelled); 1 left out: 1 x label_0 and label_1 do not add up to 1" in told.err
     assert json.loads((place / "pairs" / "p" / "checks.json").read_text())["pairs"] == 2
     told = works("export-pairs", "folders", "wl", "--from", "pairs/p")
     assert told.out == "wl\n" and "2 pairs" in told.err and "left out: 1 x the pair has no label" in told.err

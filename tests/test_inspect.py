@@ -160,7 +160,7 @@ def test_pairs_have_both_scores_margin_and_gaps(root):
     _, rows = look(root, "pairs", groups=("boot",))
     assert [(row["winner"], row["loser"]) for row in rows[:3]] == [(3, 0), (2, 0), (3, 1)]
     assert {(row["winner"], row["loser"]) for row in rows[3:]} == {(1, 0), (2, 1), (3, 2)}
-    assert rows[0].pop("group") == NAVY
+    assert rows[0].pop("group") == NAVY and rows[0].pop("prompt") == "a photo of a Navy boot"
     assert rows[0] == pytest.approx({"winner": 3, "loser": 0, "winner_score": 3 * Z, "loser_score": -3 * Z,
                                      "margin": 6 * Z, "gap_taste": 6 * Z, "gap_truth": 6 * Z}, rel=1e-6)
 

@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_formats import listed, painted, reasons, told
+from test_import_files import LEFT
 
 from fashiondpo_pipeline import checks, formats
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import json_lists, meaning, splits
+from fashiondpo_pipeline.formats import meaning, splits, tables
 from fashiondpo_pipeline.formats.guess import guess
 from fashiondpo_pipeline.formats.meaning import label_of, side_named
 from fashiondpo_pipeline.schemas import PICTURE
@@ -313,12 +314,14 @@ def test_metadata_files_have_parts_and_so_have_rows(tmp_path):
         line = json.dumps({"chosen_file_name": "0.png", "rejected_file_name": "1.png", "prompt": part}) + "\n"
         (tmp_path / "in" / part / "metadata.jsonl").write_text(line * 2)
     found = imported(tmp_path / "in", tmp_path)
-    assert {row[0] for row in told(found)} == {"train"} and reasons(found) == left("test", 2)
+    assert {row[0] for row in told(found)} == {"train"}
+    assert reasons(found) == left("test", 2) | {"no row that was taken names the picture": 2}
 
     rows = "".join(f"{n}.png,{1 - n}.png,{part},{part}\n" for n, part in ((0, "train"), (1, "test"), (0, "")))
     (tmp_path / "in" / "train" / "pairs.csv").write_text("winner,loser,prompt,split\n" + rows.replace(",,\n", ",x,\n"))
     found = imported(tmp_path / "in" / "train", tmp_path, "csv")
-    assert [row[0] for row in told(found)] == ["train", "x"] and reasons(found) == left("test", 1) and found.manifest["splits"] == {"train": 1}
+    assert [row[0] for row in told(found)] == ["train", "x"] and found.manifest["splits"] == {"train": 1}
+    assert reasons(found) == left("test", 1) | {"the file holds no rows of the format": 1}, "which is metadata.jsonl"
     assert imported(tmp_path / "in" / "train", tmp_path, "csv", split="all").counts["pairs"] == 3
 
 
@@ -394,15 +397,15 @@ def test_pictures_are_found_beside_a_list_and_nowhere_else(tmp_path):
     ("[%s, {]", 1, {"the list is not JSON from here on": 1}), ("[%s", 1, {"the list is not JSON from here on": 1}),
     ("%s\n%s\n", 2, {}), ("[%s, " + "[" * 100_000, 1, {"the list is not JSON from here on": 1})])
 def test_a_list_is_read_in_pieces_and_what_is_broken_costs_itself(text, count, dropped, piece, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lists, "PIECE", piece)
+    monkeypatch.setattr(tables, "PIECE", piece)
     row = json.dumps({"prompt": "é [,]}", "preferred": "0.png", "rejected": "1.png"}, ensure_ascii=False)
     found = imported(a_list(tmp_path / "in", text.replace("%s", row)), tmp_path, "json")
     assert len(told(found)) == count and reasons(found) == dropped and told(found)[0][0] == "é [,]}"
 
 
 def test_an_object_without_end_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lists, "PIECE", 50)
-    monkeypatch.setattr(json_lists, "MOST_LINE", 200)
+    monkeypatch.setattr(tables, "PIECE", 50)
+    monkeypatch.setattr(tables, "MOST_LINE", 200)
     row = json.dumps({"prompt": "x", "preferred": "0.png", "rejected": "1.png"})
     found = imported(a_list(tmp_path / "in", f'[{row}, {{"a": "{"x" * 10_000}"}}]'), tmp_path, "json")
     assert reasons(found) == {"the list is not JSON from here on": 1}
@@ -416,7 +419,7 @@ def test_parts_of_a_list_set_and_lists_that_say_nothing(tmp_path):
     a_list(tmp_path / "in", '{\n "a": 1\n}', "info.json")
     found = imported(tmp_path / "in", tmp_path, "json")
     assert pairs_of(found) == [(0, 1, 1.0)] and reasons(found) == left("test", 3) | {
-        "the file is neither a list nor an object a line": 1, "there are not as many ranks as pictures": 1,
+        "there is no prompt or caption or text": 1, LEFT: 3, "there are not as many ranks as pictures": 1,
         "it says of no picture of its list that it is the best, and gives no ranks": 2}
     assert guess(tmp_path / "in") == guess(tmp_path / "in" / "test.json") == "json"
 

@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fashiondpo_pipeline import codecs
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.formats import kinds
 from fashiondpo_pipeline.pairsets import MOST, Numbers, PairSet, Writer, draft_of, put_in_place
 from fashiondpo_pipeline.prompts import slug
 from fashiondpo_pipeline.registry import Registry
 from fashiondpo_pipeline.workspace import write_json
+
+if TYPE_CHECKING:
+    from fashiondpo_pipeline.formats.trees import Tree
 
 LEAST_SIDE, MOST_SIDE = 8, 16_384  # pixels
 MOST_LETTERS = 20_000  # of a prompt
@@ -173,26 +177,30 @@ class Cells(dict):
 
 @dataclass(frozen=True)
 class Format:
-    """One format. placed: its files say which picture was shown first. holds: what else of a pair they have a place for."""
+    """One format. placed: its files say which picture was shown first. holds: what else of a pair, or of a picture, they have a place for."""
 
     about: str
-    read: Callable[[Path, Reading], Rows]
+    read: "Callable[[Tree, Reading], Rows]"
     write: Callable[[PairSet, Path, Losses], Counter[str]]
     placed: bool = True
     holds: tuple[str, ...] = ()
 
 
-def read(name: str, path: Path, folder: Path, columns: Mapping[str, str] | None = None, split: str | None = None) -> PairSet:
-    """The pair set in `folder` made of other programs' files at `path`. Raises UserError if nothing in them can be used.
+def read(name: str, path: Path | str, folder: Path, columns: Mapping[str, str] | None = None, split: str | None = None,
+         most: int | None = None) -> PairSet:
+    """The pair set in `folder` made of other programs' files at `path`, or of a data set at hf://OWNER/NAME@COMMIT.
 
-    columns: our name of a column -> the files'. split: which part of several, "all", or None for the training part.
+    Every file and row that is met is imported or stands in its dropped.jsonl. columns: our name of a column -> the files'. split: which part
+    of several, "all", or None for the training part. most: rows that are taken, after which nothing more is looked at.
+    Raises UserError if nothing can be used.
     """
+    from fashiondpo_pipeline.formats import trees  # here, as it needs what is above
+
     kind: Format = FORMATS.find(name)
     reading = Reading(columns or {}, split)
-    if not path.exists():
-        raise UserError(f"there is no {path}: check the path")
-    rows = kind.read(path, reading)  # first, as most see at once that there is nothing to read
-    target = _Import(Writer(folder))
+    tree = trees.at(path)
+    rows = kind.read(tree, reading)  # first, as most see at once that there is nothing to read
+    target, taken = _Import(Writer(folder)), 0
     with (target.writer.draft / "dropped.jsonl").open("w", encoding="utf-8") as file:
         losses, fields = Losses(file), Counter[str]()
         for where, make in rows:
@@ -200,18 +208,28 @@ def read(name: str, path: Path, folder: Path, columns: Mapping[str, str] | None 
                 for reason, detail in target.add(make()):
                     fields[reason] += 1
                     losses.note(where, reason, detail)
+                taken += 1
             except Refused as problem:
                 losses.add(where, problem.reason, problem.detail, problem.count)
+            if taken == most:
+                break  # what lies behind is not met
+        else:
+            for where, why in tree.left():
+                losses.add(where, why.reason, why.detail)
         if not target.writer.counts["pictures"]:
             told = "; ".join(f"{count:,} x {reason}" for reason, count in losses.reasons.most_common(5)) or "there is no row in it"
             gone = [theirs for theirs in reading.columns.values() if theirs not in reading.met]
+            if reading.met and any(reason.startswith(("there is no ", "there are no ")) for reason in losses.reasons):
+                told += f"; its columns are {', '.join(list(reading.met)[:NAMED])}"
             told += f"; no column is called {' or '.join(gone)}" if gone and reading.met else ""
             told += f"; every one of them: {file.name}" if losses.reasons else ""
             raise UserError(f"{path}: nothing in it can be used as '{name}' ({told}): {kind.about}")
     target.link()
-    lineage = {"format": name, "path": str(path), "columns": dict(reading.columns), "split": split}
+    lineage = {"format": name, "path": str(path), "columns": dict(reading.columns), "split": split,
+               **({} if most is None else {"most": most})}
     return target.writer.finish({"source": f"{name}: {path}", "lineage": lineage, "placed": kind.placed and target.placed,
-                                 "dropped": dict(losses.reasons), "fields": dict(fields), "unread": reading.unread, "splits": dict(reading.splits)})
+                                 "dropped": dict(losses.reasons), "fields": dict(fields), "unread": reading.unread, "splits": dict(reading.splits),
+                                 **({"most": most} if taken == most else {})})
 
 
 def notes(pairs: PairSet) -> list[str]:
@@ -219,6 +237,8 @@ def notes(pairs: PairSet) -> list[str]:
     manifest, lines = pairs.manifest, []
     if splits := manifest.get("splits"):
         lines.append("split: " + ", ".join(f"{name} ({count:,} rows)" for name, count in splits.items()))
+    if most := manifest.get("most"):
+        lines.append(f"note: {most:,} rows were taken (--most), and nothing behind them was looked at")
     lines += [f"note: {count:,} x {reason}: the pair is kept without it" for reason, count in manifest.get("fields", {}).items()]
     if unread := manifest.get("unread"):
         more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
@@ -234,8 +254,8 @@ def write(name: str, pairs: PairSet, folder: Path) -> tuple[Counter[str], Counte
     with (draft / "dropped.jsonl").open("w", encoding="utf-8") as file:
         losses = Losses(file)
         written = kind.write(pairs, draft, losses)
-        for name, count in _without_a_place(pairs, kind).items():
-            losses.add("pairs", f"the format has no place for a pair's {name}", f"{count:,} pairs", count)
+        for where, what, count in _without_a_place(pairs, kind):
+            losses.add(where, f"the format has no place for a {where[:-1]}'s {what}", f"{count:,} {where}", count)
     if not losses.reasons:
         (draft / "dropped.jsonl").unlink()
     write_json(draft / "lineage.json", {"format": name, "source": pairs.manifest.get("source"), "lineage": pairs.manifest.get("lineage"),
@@ -244,13 +264,13 @@ def write(name: str, pairs: PairSet, folder: Path) -> tuple[Counter[str], Counte
     return written, losses.reasons
 
 
-def _without_a_place(pairs: PairSet, kind: Format) -> Counter[str]:
-    """How many pairs say what the format cannot, by column."""
-    found: Counter[str] = Counter()
-    for name in (name for name in MORE if name not in kind.holds):
-        for table in pairs.pairs([name]):
-            found[name] += len(table) - table[name].null_count
-    return +found
+def _without_a_place(pairs: PairSet, kind: Format) -> Iterator[tuple[str, str, int]]:
+    """("pairs" or "pictures", what, of how many) of what they say and the format cannot."""
+    for where, tables, what, column in (*(("pairs", pairs.pairs, name, name) for name in MORE), ("pictures", pairs.pictures, "name", "source"),
+                                        ("pictures", pairs.pictures, "thumb", "liked")):
+        count = 0 if what in kind.holds else sum(len(table) - table[column].null_count for table in tables([column]))
+        if count:
+            yield where, what, count
 
 
 def group_of(prompt: str) -> str:
@@ -352,6 +372,8 @@ def check(picture: Picture) -> None:
     try:
         width, height = codecs.decode_picture(picture.data, "").size
     except codecs.BadPicture as problem:
+        if (kind := kinds.kind_of("", picture.data[: kinds.FIRST])) in kinds.OTHER_PICTURES:
+            raise Refused(f"the picture is {kind}, which is not read: save it as PNG, JPEG or WebP", problem.detail) from None
         raise Refused(problem.kind, problem.detail) from None
     if min(width, height) < LEAST_SIDE or max(width, height) > MOST_SIDE:
         raise Refused(f"the picture has a side below {LEAST_SIDE} or above {MOST_SIDE:,} pixels", f"{width}x{height}")

@@ -1,108 +1,38 @@
-"""Pictures and lines of files that nobody vouches for: paths stay in their folder, sizes are bounded, a broken line costs itself only."""
+"""Pictures of files that nobody vouches for, and what writers of formats have in common: paths stay in their folder, sizes are bounded."""
 
 import csv
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path, PureWindowsPath
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from fashiondpo_pipeline import codecs, seeds
 from fashiondpo_pipeline.formats import Losses, Picture, Refused
+from fashiondpo_pipeline.formats.trees import Tree
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MOST_BYTES = 256 << 20  # of one picture's file
-MOST_LINE = 16 << 20  # bytes of one line
-ROWS = 16  # of a Parquet file in memory at once
 _BEGINS = r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"  # what spreadsheets begin a formula with, full-width signs too
 _FORMULA, _GUARDED = re.compile(f"'*{_BEGINS}"), re.compile(f"'+{_BEGINS}")
 
 
-def inside(folder: Path, name: Any) -> Path:
-    """The file `name` below `folder`. Raises Refused for a path that leads out of it, by whatever way, or to nothing.
+class Place(NamedTuple):
+    """A folder of a tree, from which a table names its pictures."""
 
-    Absolute paths, `..`, links that point out and drive letters are all such ways.
-    """
-    if not isinstance(name, str) or not name:
-        raise Refused("there is no file name", repr(name)[:80])
-    try:
-        outside = Path(name).is_absolute() or PureWindowsPath(name).anchor
-        if outside or not (path := (folder / name).resolve()).is_relative_to(folder.resolve()):
-            raise Refused("the path leads out of its folder", name)
-        if not path.is_file():
-            raise Refused("the file is not there", name)
-    except (OSError, ValueError) as problem:  # a name that no file can have
-        raise Refused("the file is not there", f"{name[:80]!r}: {problem}") from None
-    return path
+    tree: Tree
+    below: str = ""
+
+    @classmethod
+    def of(cls, tree: Tree, table: str) -> "Place":
+        """The folder that a table lies in."""
+        return cls(tree, table.rpartition("/")[0])
 
 
-def picture_at(folder: Path, name: Any) -> Picture:
-    """The picture in the file `name` below `folder`; it is called by that name."""
-    path = inside(folder, name)
-    if path.stat().st_size > MOST_BYTES:
-        raise Refused(f"the file is larger than {MOST_BYTES >> 20} MiB", name)
-    return Picture(path.read_bytes(), name)
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """(where, make) of each line that is not blank; `make()` gives the object in it."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MOST_LINE + 1):
-            number += 1
-            whole = line
-            while len(line) > MOST_LINE and not line.endswith(b"\n"):
-                line = file.readline(MOST_LINE + 1)
-            if whole.strip():
-                yield f"{path.name}, line {number}", partial(_json_object, whole)
-
-
-def _json_object(line: bytes) -> dict:
-    if len(line) > MOST_LINE:
-        raise Refused(f"the line is longer than {MOST_LINE >> 20} MiB")
-    try:
-        found = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as problem:
-        raise Refused("the line is not JSON", str(problem)[:80]) from None
-    if not isinstance(found, dict):
-        raise Refused("the line is not an object", repr(found)[:80])
-    return found
-
-
-def csv_rows(path: Path) -> Iterator[tuple[str, Callable[[], dict[str, str]]]]:
-    """(where, make) of each row; `make()` gives its cells by the names in the first line, without what guards against formulas."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        names: list[str] | None = None
-        while True:
-            where = f"{path.name}, line {reader.line_num + 1}"
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as problem:
-                yield where, partial(_refuse, "the line is not CSV", problem)
-                continue
-            if names is None:
-                names = cells
-            elif cells:
-                yield where, partial(_cells, names, cells)
-
-
-def _cells(names: list[str], cells: list[str]) -> dict[str, str]:
-    if len(cells) != len(names):
-        raise Refused("the row has not as many cells as the first line", f"{len(cells)} instead of {len(names)}")
-    return {name: unguarded(cell) for name, cell in zip(names, cells, strict=True)}
-
-
-def _refuse(reason: str, detail: object = "") -> Any:
-    raise Refused(reason, detail)
+def picture_at(place: Place, name: Any, called: str | None = None) -> Picture:
+    """The picture in the file that a row names. Unless it is `called` something it is called by that name, from the root where it is absolute."""
+    found = place.tree.find(name, place.below)
+    return Picture(place.tree.read(found, MOST_BYTES), called or (found if Path(name).is_absolute() else name))
 
 
 def guarded(text: str) -> str:
@@ -132,48 +62,11 @@ def write_csv(path: Path, names: list[str], rows: Iterator[list[Any]]) -> None:
             writer.writerow(["" if cell is None else guarded(cell) if isinstance(cell, str) else repr(cell) for cell in row])
 
 
-def parquet_rows(files: list[Path], columns: list[str]) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """(where, make) of each row, with those of the columns that a file has, a few rows in memory at once.
-
-    What cannot be read of a file is one loss, after the rows that can.
-    """
-    for path in files:
-        number = total = 0
-        try:
-            with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-                total = file.metadata.num_rows
-                names = [name for name in columns if name in file.schema_arrow.names]
-                if not names:
-                    yield path.name, partial(_refuse, "the Parquet file has none of the format's columns", path.name)
-                    continue
-                for batch in file.iter_batches(ROWS, columns=names, use_threads=False):
-                    for row in range(batch.num_rows):
-                        number += 1
-                        yield f"{path.name}, row {number}", partial(_row, batch, row)
-        except (OSError, pa.ArrowException) as problem:
-            lost = f"{total - number:,} of its {total:,} rows" if total else "all its rows"
-            yield path.name, partial(_refuse, "the Parquet file is broken", f"{lost}: {str(problem)[:200]}")
-
-
-def _row(batch: pa.RecordBatch, row: int) -> dict:
-    try:
-        return batch.slice(row, 1).to_pylist()[0]
-    except (ValueError, OverflowError, TypeError, pa.ArrowException) as problem:  # text that is not UTF-8, a date of the year 300000
-        raise Refused("a cell of the row cannot be read", str(problem)[:200]) from None
-
-
-def parquet_files(path: Path) -> list[Path]:
-    """The Parquet files that are meant: the one named, or all below a folder, by name; links that lead out of it are not followed."""
-    if path.is_file():
-        return [path]
-    return [file for file in sorted(path.rglob("*.parquet")) if file.is_file() and file.resolve().is_relative_to(path.resolve())]
-
-
-def picture_in(cell: Any, source: str | None, folder: Path) -> Picture:
+def picture_in(cell: Any, source: str | None, place: Place) -> Picture:
     """The picture in a cell of a Parquet table: bytes, or a struct of bytes and path, as Hugging Face `datasets` writes it."""
     if isinstance(cell, dict):
         if cell.get("bytes") is None and cell.get("path"):
-            return picture_at(folder, cell["path"])
+            return picture_at(place, cell["path"])
         cell, source = cell.get("bytes"), source or cell.get("path")
     if cell is None:
         raise Refused("there is no picture")

@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.formats import MORE, Format, Losses, Made, Picture, Reading, Rows, splits, turned
-from fashiondpo_pipeline.formats.files import comparisons, csv_rows, in_pairs, json_lines, parquet_files, parquet_rows, picture_at, picture_in
+from fashiondpo_pipeline.formats.files import Place, comparisons, in_pairs, picture_at, picture_in
 from fashiondpo_pipeline.formats.meaning import NAMES, made_of
+from fashiondpo_pipeline.formats.tables import TABLES, rows_of, schema_of
+from fashiondpo_pipeline.formats.trees import CARDS, OURS, Tree
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.schemas import PICTURE
 
@@ -25,25 +27,19 @@ Classes = Mapping[str, Sequence[str]]
 ROWS = 64  # a row group
 
 
-def read(path: Path, reading: Reading) -> Rows:
-    files = parquet_files(path)
-    if files and path.suffix not in (".jsonl", ".csv"):
-        return splits.chosen(files, path, reading, partial(_stored_in, root=path if path.is_dir() else path.parent, reading=reading))
-    tables = [path] if path.is_file() else [file for name in ("metadata.jsonl", "metadata.csv") for file in sorted(path.rglob(name))]
+def read(tree: Tree, reading: Reading) -> Rows:
+    tables = [name for name in tree.names(*TABLES) if name.rpartition("/")[2] not in (*OURS, *CARDS)]
     if not tables:
-        raise UserError(f"{path}: there is no .parquet, metadata.jsonl or metadata.csv in it")
-    return splits.chosen(tables, path, reading, partial(_listed_in, reading=reading))
+        raise UserError(f"{tree.root}: there is no table in it ({', '.join(TABLES)})")
+    return splits.chosen(tables, tree, reading, partial(_rows_in, tree=tree, reading=reading))
 
 
-def _stored_in(file: Path, root: Path, reading: Reading) -> Rows:
-    """The rows of one Parquet file."""
-    try:
-        schema = pq.read_schema(file)
-    except (OSError, pa.ArrowException):
-        schema = pa.schema([])  # the rows' reader says what is wrong with it
+def _rows_in(table: str, tree: Tree, reading: Reading) -> Rows:
+    """The rows of one table."""
+    known, schema = {*NAMES, *reading.columns.values()}, schema_of(tree, table)
     reading.met.update(dict.fromkeys(schema.names))
-    classes = classes_of(schema)
-    return turned(parquet_rows([file], [*NAMES, *reading.columns.values()]), lambda row: _made(row, root, reading, classes))
+    place, classes = Place.of(tree, table), classes_of(schema)
+    return turned(rows_of(tree, table, reading, lambda name: _plain(name) in known), lambda row: _made(row, place, reading, classes))
 
 
 def classes_of(schema: pa.Schema) -> dict[str, list[str]]:
@@ -55,22 +51,16 @@ def classes_of(schema: pa.Schema) -> dict[str, list[str]]:
         return {}
 
 
-def _listed_in(table: Path, reading: Reading) -> Rows:
-    """The rows of one metadata file."""
-    rows: Any = csv_rows(table) if table.suffix == ".csv" else json_lines(table)
-    return turned(rows, lambda row: _made(row, table.parent, reading, {}))
-
-
-def _made(row: dict, folder: Path, reading: Reading, classes: Classes) -> Made:
+def _made(row: dict, place: Place, reading: Reading, classes: Classes) -> Made:
     cells = reading.cells(row, _plain)
     splits.of_row(cells, reading)
     ours = {theirs: name for name, theirs in reading.columns.items()}
-    return made_of(cells, partial(picture_of, folder), {ours.get(name, name): names for name, names in classes.items()})
+    return made_of(cells, partial(picture_of, place), {ours.get(name, name): names for name, names in classes.items()})
 
 
-def picture_of(folder: Path, cell: Any, name: str | None) -> Picture:
-    """The picture of a cell: bytes, a struct of bytes and path, or the name of a file below the folder."""
-    return picture_at(folder, cell) if isinstance(cell, str) else picture_in(cell, name, folder)
+def picture_of(place: Place, cell: Any, name: str | None) -> Picture:
+    """The picture of a cell: bytes, a struct of bytes and path, or the name of a file, seen from where the table lies."""
+    return picture_at(place, cell, name) if isinstance(cell, str) else picture_in(cell, name, place)
 
 
 def _plain(name: str) -> str:
@@ -108,4 +98,4 @@ def write(pairs: PairSet, folder: Path, losses: Losses) -> Counter[str]:
 
 
 FORMAT = Format("it needs Parquet files or a metadata file with prompt, two pictures (chosen and rejected, or image_0 and image_1) and a label",
-                read, write, holds=MORE)
+                read, write, holds=(*MORE, "name"))

@@ -5,45 +5,52 @@ Of a preference set, one of prefer_0 and prefer_1 is true; both false is a pair 
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import MORE, Comparison, Format, Losses, Reading, Refused, Rows, Single, turned
-from fashiondpo_pipeline.formats.files import Pictures, comparisons, in_pairs, json_lines, picture_at, text_of
+from fashiondpo_pipeline.formats import MORE, Comparison, Format, Losses, Made, Reading, Refused, Rows, Single, turned
+from fashiondpo_pipeline.formats.files import Pictures, Place, comparisons, in_pairs, picture_at, text_of
+from fashiondpo_pipeline.formats.tables import rows_of
+from fashiondpo_pipeline.formats.trees import Tree
 from fashiondpo_pipeline.pairsets import PairSet
 
 _LABELS = {(True, False): 1.0, (False, True): 0.0, (True, True): 0.5, (False, False): None}
 
 
-def metadata_of(path: Path) -> Path:
-    """The metadata file that is meant: the one named, or `metadata.jsonl` in a folder."""
-    file = path / "metadata.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{file} is not there: name the folder that holds metadata.jsonl, or the file")
-    return file
+def metadata_of(tree: Tree) -> str:
+    """The metadata file that is meant: the one named, or `metadata.jsonl` at the root."""
+    name = tree.named or "metadata.jsonl"
+    if not tree.has(name):
+        raise UserError(f"{tree.root}/{name} is not there: name the folder that holds metadata.jsonl, or the file")
+    return name
 
 
-def read_preferences(path: Path, reading: Reading) -> Rows:
-    file = metadata_of(path)
-    return turned(json_lines(file), lambda row: _comparison(reading.cells(row), file.parent))
+def read_preferences(tree: Tree, reading: Reading) -> Rows:
+    return _rows(tree, reading, _comparison)
 
 
-def _comparison(row: dict, folder: Path) -> Comparison:
+def _rows(tree: Tree, reading: Reading, made: Callable[[dict, Place], Made]) -> Rows:
+    name = metadata_of(tree)
+    place = Place.of(tree, name)
+    return turned(rows_of(tree, name, reading, lambda _: True), lambda row: made(reading.cells(row), place))
+
+
+def _comparison(row: dict, place: Place) -> Comparison:
     prefer: Any = row.get("prefer_0"), row.get("prefer_1")
     if not all(isinstance(one, bool) for one in prefer):
         raise Refused("prefer_0 and prefer_1 are not both true or false", prefer)
-    first, second = (picture_at(folder, row.get(f"image_{i}")) for i in (0, 1))
+    first, second = (picture_at(place, row.get(f"image_{i}")) for i in (0, 1))
     return Comparison(text_of(row, "prompt"), first, second, _LABELS[prefer])
 
 
-def read_captions(path: Path, reading: Reading) -> Rows:
-    file = metadata_of(path)
-    return turned(json_lines(file), lambda row: _captioned(reading.cells(row), file.parent))
+def read_captions(tree: Tree, reading: Reading) -> Rows:
+    return _rows(tree, reading, _captioned)
 
 
-def _captioned(row: dict, folder: Path) -> Single:
-    return Single(text_of(row, "text", "caption", "prompt"), picture_at(folder, text_of(row, "image", "file_name")))
+def _captioned(row: dict, place: Place) -> Single:
+    return Single(text_of(row, "text", "caption", "prompt"), picture_at(place, text_of(row, "image", "file_name")))
 
 
 def write_preferences(pairs: PairSet, folder: Path, losses: Losses) -> Counter[str]:

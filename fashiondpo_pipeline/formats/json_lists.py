@@ -8,58 +8,57 @@ list, in a folder of its name, or in `images`; an address is not asked.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.formats import MORE, Format, Losses, Made, Picture, Reading, Refused, Rows, splits
-from fashiondpo_pipeline.formats.files import MOST_LINE, Pictures, comparisons, in_pairs, json_lines, picture_at
+from fashiondpo_pipeline.formats.files import Pictures, Place, comparisons, in_pairs, picture_at
 from fashiondpo_pipeline.formats.meaning import made_of
+from fashiondpo_pipeline.formats.tables import rows_of
+from fashiondpo_pipeline.formats.trees import CARDS, OURS, Tree
 from fashiondpo_pipeline.pairsets import PairSet
 
-PIECE = 1 << 20  # letters that are read at once
-WHITE = " \t\r\n"
-OWN = "lineage.json"  # what an export says of itself
 
-
-def read(path: Path, reading: Reading) -> Rows:
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*.json") if file.is_file() and file.name != OWN)
+def read(tree: Tree, reading: Reading) -> Rows:
+    files = [name for name in tree.names(".json") if name.rpartition("/")[2] not in (*OURS, *CARDS)]
     if not files:
-        raise UserError(f"{path}: there is no .json file in it")
-    return splits.chosen(files, path, reading, partial(_rows_of, reading=reading))
+        raise UserError(f"{tree.root}: there is no .json file in it")
+    return splits.chosen(files, tree, reading, partial(_rows_in, tree=tree, reading=reading))
 
 
-def _rows_of(file: Path, reading: Reading) -> Rows:
-    for where, make in _objects(file):
+def _rows_in(file: str, tree: Tree, reading: Reading) -> Rows:
+    for where, make in rows_of(tree, file, reading, lambda _: True):
         try:
             found = make()
         except Refused as problem:
             yield where, partial(_refuse, problem)
             continue
+        made = partial(_made, place=Place.of(tree, file), stem=PurePosixPath(file).stem, reading=reading)
         if isinstance(found.get("data"), dict) and isinstance(found.get("annotations"), list | None):
             for number, row in enumerate(_answers(found), 1):
-                yield f"{where}, annotation {number}", partial(_made, row, file, reading)
+                yield f"{where}, annotation {number}", partial(made, row)
         else:
-            yield where, partial(_made, found, file, reading)
+            yield where, partial(made, found)
 
 
 def _refuse(problem: Refused) -> Any:
     raise problem
 
 
-def _made(row: dict | Refused, file: Path, reading: Reading) -> Made:
+def _made(row: dict | Refused, place: Place, stem: str, reading: Reading) -> Made:
     if isinstance(row, Refused):
         raise row
     cells = reading.cells(row)
     splits.of_row(cells, reading)
-    return made_of(cells, lambda cell, _: _picture(file, cell))
+    return made_of(cells, lambda cell, name: _picture(place, stem, cell, name))
 
 
-def _picture(file: Path, name: Any) -> Picture:
-    """The picture that an object names: beside its file, in a folder of the file's name, or in `images`."""
+def _picture(place: Place, stem: str, name: Any, called: str | None) -> Picture:
+    """The picture that an object names: beside its file, in a folder of the file's name (`stem`), or in `images`."""
     if not isinstance(name, str):
         raise Refused("there is no file name", repr(name)[:80])
     if "://" in name:
@@ -67,14 +66,14 @@ def _picture(file: Path, name: Any) -> Picture:
     if name.startswith("/data/local-files/?d="):  # how Label Studio names what lies on its own disk
         name = unquote(name.partition("?d=")[2])
     name = name.removeprefix("/data/")
-    places = [name, f"{file.stem}/{name}", f"images/{name}", *([name.rpartition("/")[2]] if name.startswith("upload/") else [])]
-    for place in places[:-1]:
+    places = [name, f"{stem}/{name}", f"images/{name}", *([name.rpartition("/")[2]] if name.startswith("upload/") else [])]
+    for one in places[:-1]:
         try:
-            return picture_at(file.parent, place)
+            return picture_at(place, one, called)
         except Refused as problem:
             if problem.reason != "the file is not there":
                 raise
-    return picture_at(file.parent, places[-1])
+    return picture_at(place, places[-1], called)
 
 
 # -- Label Studio
@@ -106,53 +105,6 @@ def _answer(data: Mapping[str, Any], results: Any) -> dict:
         if isinstance(said, str):
             return {**compared, "label": said}
     return {}
-
-
-# -- a list, an object at a time
-
-
-def _objects(file: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """(where, make) of each object of the list in a file, or of each line where it holds an object a line; one in memory at a time."""
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
-        buffer = text.read(PIECE).lstrip(WHITE)
-        if buffer.startswith("["):
-            yield from _listed(file.name, text, buffer)
-            return
-    if buffer.partition("\n")[0].strip() == "{":  # one object over many lines
-        yield file.name, partial(_refuse, Refused("the file is neither a list nor an object a line", file.name))
-        return
-    yield from json_lines(file)
-
-
-def _listed(name: str, text: Any, buffer: str) -> Iterator[tuple[str, Callable[[], dict]]]:
-    decode, at, number, ended = json.JSONDecoder().raw_decode, 1, 0, False
-    while True:
-        while at < len(buffer) and buffer[at] in WHITE + ",":
-            at += 1
-        if buffer[at : at + 1] == "]":
-            return
-        try:
-            found, end = decode(buffer, at)
-            whole = end < len(buffer) or ended  # a number that ends with the piece may go on in the next
-        except (ValueError, RecursionError) as problem:
-            whole, found, end = ended or isinstance(problem, RecursionError) or len(buffer) - at > MOST_LINE, problem, at
-        if not whole:
-            piece = text.read(max(PIECE, len(buffer) - at))
-            buffer, at, ended = buffer[at:] + piece, 0, not piece
-            continue
-        number += 1
-        yield f"{name}, item {number}", partial(_object, found)
-        if isinstance(found, Exception):
-            return  # where the next one begins is not known
-        at = end
-
-
-def _object(found: Any) -> dict:
-    if isinstance(found, Exception):
-        raise Refused("the list is not JSON from here on", str(found)[:80])
-    if not isinstance(found, dict):
-        raise Refused("the item is not an object", repr(found)[:80])
-    return found
 
 
 def write(pairs: PairSet, folder: Path, losses: Losses) -> Counter[str]:

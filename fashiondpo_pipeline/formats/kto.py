@@ -11,34 +11,37 @@ from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.formats import Format, Losses, Reading, Refused, Rows, Single, turned
-from fashiondpo_pipeline.formats.files import LOST, WON, Pictures, comparisons, csv_rows, decided, picture_at, standing, text_of, write_csv
+from fashiondpo_pipeline.formats.files import LOST, WON, Pictures, Place, comparisons, decided, picture_at, standing, text_of, write_csv
+from fashiondpo_pipeline.formats.tables import rows_of
+from fashiondpo_pipeline.formats.trees import Tree
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
 
 NAME = "train_processed_v3.csv"
 THUMBS = {"exclusive_win": True, "exclusive_lose": False, "intersections": None}
 
 
-def read(path: Path, reading: Reading) -> Rows:
-    file = path / NAME if (path / NAME).is_file() else path
-    if file.is_dir():
-        tables = sorted(file.glob("*.csv"))
+def read(tree: Tree, reading: Reading) -> Rows:
+    name = tree.named or NAME
+    if not tree.has(name):
+        tables = tree.names(".csv", ".tsv", ".xlsx")
         if len(tables) != 1:
-            raise UserError(f"{path}: there is no {NAME} in it, and {len(tables)} other .csv files: name the one that is meant")
-        file = tables[0]
-    return turned(csv_rows(file), lambda row: _single(reading.cells(row), file.parent))
+            raise UserError(f"{tree.root}: there is no {NAME} in it, and {len(tables)} other .csv files: name the one that is meant")
+        name = tables[0]
+    place = Place.of(tree, name)
+    return turned(rows_of(tree, name, reading, lambda _: True), lambda row: _single(reading.cells(row), place))
 
 
-def _single(row: dict[str, str], folder: Path) -> Single:
+def _single(row: dict[str, str], place: Place) -> Single:
     kind = text_of(row, "split", "label")
-    if kind not in THUMBS:
-        raise Refused("the label is none of exclusive_win, exclusive_lose, intersections", kind[:80])
+    if not isinstance(kind, str) or kind not in THUMBS:
+        raise Refused("the label is none of exclusive_win, exclusive_lose, intersections", str(kind)[:80])
     name = text_of(row, "file_name", "file_path")
     try:
-        picture = picture_at(folder, name)
+        picture = picture_at(place, name)
     except Refused as problem:
         if problem.reason != "the file is not there":
             raise
-        picture = picture_at(folder, f"train/{name}")  # names are given without the folder that the pictures lie in, too
+        picture = picture_at(place, f"train/{name}")  # names are given without the folder that the pictures lie in, too
     return Single(text_of(row, "caption", "prompt"), picture, THUMBS[kind])
 
 
@@ -80,4 +83,4 @@ def _count_lost(pairs: PairSet, thumbs: Numbers, losses: Losses) -> None:
             losses.add(where, problem.reason)
 
 
-FORMAT = Format(f"it needs {NAME} with file_name, caption and split", read, write, placed=False)
+FORMAT = Format(f"it needs {NAME} with file_name, caption and split", read, write, placed=False, holds=("thumb",))

@@ -92,8 +92,8 @@ def truth(name: str, value: Any) -> bool | None:
     raise Refused(f"{name} is neither true nor false", repr(value)[:80])
 
 
-def words(value: Any) -> str | None:
-    """An id or a name as text; None where there is none. Raises ValueError for lists and the like.
+def words(value: Any, name: str = "name") -> str | None:
+    """An id or a name as text; None where there is none. Raises Refused for lists and the like. name: of the column.
 
     >>> words(3), words(3.0), words("ann"), words("")
     ('3', '3', 'ann', None)
@@ -104,7 +104,7 @@ def words(value: Any) -> str | None:
         return str(int(value))
     if isinstance(value, bool | int | float | Decimal | str):
         return str(value)
-    raise ValueError(type(value).__name__)
+    raise Refused(f"the {name} is not text", repr(value)[:80])
 
 
 # -- labels
@@ -229,7 +229,7 @@ def made_of(row: Mapping[str, Any], read: Read, classes: Mapping[str, Sequence[s
     for sides in SIDES:
         if _has(row, sides):
             label = label_of(row, sides, classes)
-            first, second = (read(row[name], words(row.get(f"source_{i}"))) for i, name in enumerate(sides))
+            first, second = (read(row[name], words(row.get(f"source_{i}"), f"source_{i}")) for i, name in enumerate(sides))
             return _with_optional(row, Comparison(prompt, first, second, label))
     for name in LISTS:
         if isinstance(row.get(name), list):
@@ -237,7 +237,7 @@ def made_of(row: Mapping[str, Any], read: Read, classes: Mapping[str, Sequence[s
     for name in ALONE:
         if not absent(row.get(name)):
             ranked = [number(rank, row[rank]) for rank in RANKS if not absent(row.get(rank))]
-            among = words(row.get("prompt_id")) or ""
+            among = words(row.get("prompt_id"), "prompt_id") or ""
             return Single(prompt, read(row[name], None), rank=ranked[0] if ranked else None, among=among)
     raise Refused("there are no pictures under names that are known", ", ".join(row))
 
@@ -291,9 +291,9 @@ def _with_optional(row: Mapping[str, Any], made: Comparison) -> Comparison:
     found: dict[str, Any] = {}
     for name in ("annotator", "source"):
         try:
-            found[name] = words(row.get(name))
-        except ValueError:
-            lost.append((f"the {name} is not text", repr(row.get(name))[:80]))
+            found[name] = words(row.get(name), name)
+        except Refused as problem:
+            lost.append((problem.reason, problem.detail))
     try:
         found["gap"] = number("gap", row.get("gap"))
     except Refused as problem:

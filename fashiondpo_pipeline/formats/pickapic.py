@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.formats import Comparison, Format, Losses, Reading, Rows, meaning, splits, turned
-from fashiondpo_pipeline.formats.files import comparisons, in_pairs, parquet_files, parquet_rows, picture_in, text_of
+from fashiondpo_pipeline.formats import Comparison, Format, Losses, Reading, Refused, Rows, meaning, splits, turned
+from fashiondpo_pipeline.formats.files import Place, comparisons, in_pairs, picture_in, text_of
+from fashiondpo_pipeline.formats.tables import rows_of
+from fashiondpo_pipeline.formats.trees import Tree
 from fashiondpo_pipeline.pairsets import PairSet
 
 COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "image_0_uid", "image_1_uid", "ranking_id", "user_id"]
@@ -27,22 +29,33 @@ SCHEMA = pa.schema([
 ROWS = 64  # a row group
 
 
-def read(path: Path, reading: Reading) -> Rows:
-    files = parquet_files(path)
+def read(tree: Tree, reading: Reading) -> Rows:
+    files = tree.names(".parquet", ".arrow")
     if not files:
-        raise UserError(f"{path}: there is no .parquet file in it")
-    return splits.chosen(files, path, reading, partial(_rows_of, root=path if path.is_dir() else path.parent, reading=reading))
+        raise UserError(f"{tree.root}: there is no .parquet file in it")
+    return splits.chosen(files, tree, reading, partial(_rows_in, tree=tree, reading=reading))
 
 
-def _rows_of(file: Path, root: Path, reading: Reading) -> Rows:
-    return turned(parquet_rows([file], [*COLUMNS, *reading.columns.values()]), lambda row: _comparison(reading.cells(row), root))
+def _rows_in(file: str, tree: Tree, reading: Reading) -> Rows:
+    known, place = {*COLUMNS, *reading.columns.values()}, Place.of(tree, file)
+    return turned(rows_of(tree, file, reading, known.__contains__), lambda row: _comparison(reading.cells(row), place))
 
 
-def _comparison(row: dict, folder: Path) -> Comparison:
+def _comparison(row: dict, place: Place) -> Comparison:
     label = label_of(row)
-    first, second = (picture_in(row.get(f"jpg_{i}"), meaning.words(row.get(f"image_{i}_uid")), folder) for i in (0, 1))
-    ids = [meaning.words(row.get(name)) for name in ("user_id", "ranking_id")]
-    return Comparison(text_of(row, "caption"), first, second, label, ids[0], None, ids[1])
+    lost: list[tuple[str, str]] = []
+    ids = [_id(row, name, lost) for name in ("image_0_uid", "image_1_uid", "user_id", "ranking_id")]
+    first, second = (picture_in(row.get(f"jpg_{i}"), ids[i], place) for i in (0, 1))
+    return Comparison(text_of(row, "caption"), first, second, label, ids[2], None, ids[3], lost=tuple(lost))
+
+
+def _id(row: dict, name: str, lost: list[tuple[str, str]]) -> str | None:
+    """An id as text; one that is none is lost alone."""
+    try:
+        return meaning.words(row.get(name), name)
+    except Refused as problem:
+        lost.append((problem.reason, problem.detail))
+        return None
 
 
 def label_of(row: dict) -> float | None:
@@ -88,4 +101,4 @@ def _number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 19 and str(int(text)) == text else None
 
 
-FORMAT = Format("it needs .parquet files with caption, jpg_0, jpg_1, label_0 and label_1", read, write, holds=("annotator", "source"))
+FORMAT = Format("it needs .parquet files with caption, jpg_0, jpg_1, label_0 and label_1", read, write, holds=("annotator", "source", "name"))

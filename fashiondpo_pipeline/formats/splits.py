@@ -3,14 +3,13 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.formats import Made, Reading, Refused, Rows
+from fashiondpo_pipeline.formats.tables import row_count
+from fashiondpo_pipeline.formats.trees import Tree
 from fashiondpo_pipeline.registry import did_you_mean
 
 TRAIN, ALL = "train", "all"
@@ -20,13 +19,15 @@ _SHARD = re.compile(r"(?P<name>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?$")
 _NAME = re.compile(rf"(?P<word>{'|'.join(WORDS)})(?P<rest>_[a-z]+)*$")
 
 
-def split_of(path: Path) -> str | None:
+def split_of(path: PurePosixPath) -> str | None:
     """The part that a file's path, relative to the set's folder, tells of; None where it tells of none.
 
-    >>> [split_of(Path(name)) for name in ("data/test_unique-00000-of-00001.parquet", "val/metadata.csv", "train_2.jsonl", "pairs.csv")]
+    >>> [split_of(PurePosixPath(name)) for name in ("data/test_unique-00000-of-00001.parquet", "val/metadata.csv", "train_2.jsonl", "pairs.csv")]
     ['test_unique', 'validation', 'train', None]
+    >>> split_of(PurePosixPath("test/data-00000-of-00001.arrow"))
+    'test'
     """
-    if shard := _SHARD.fullmatch(path.stem):
+    if (shard := _SHARD.fullmatch(path.stem)) and shard["name"] != "data":  # which `datasets` saves to disk in a folder of its part's name
         return named(shard["name"])
     for part in (path.stem, *reversed(path.parts[:-1])):
         plain = re.sub(r"[-_. ]*\d*$", "", part.lower())
@@ -40,15 +41,15 @@ def named(word: str) -> str:
     return WORDS.get(word.lower(), word.lower())
 
 
-def chosen(files: Iterable[Path], root: Path, reading: Reading, rows_of: Callable[[Path], Rows]) -> Rows:
+def chosen(files: Iterable[str], tree: Tree, reading: Reading, rows_of: Callable[[str], Rows]) -> Rows:
     """The rows of the files of the part that is wanted; each other file is one loss, with the count of its rows.
 
     A file that the person named is taken whatever it is called. Files that tell of no part are taken where the training part, or all, is.
     Raises UserError where there are several parts and it is not clear which is meant, or the one that is asked for is not there.
     """
-    parts = {file: split_of(file.relative_to(root)) if file != root else None for file in files}
-    wanted = wanted_of({part for part in parts.values() if part}, root, reading.split)
-    return _of_parts(parts, root, wanted, reading, rows_of)
+    parts = {file: split_of(PurePosixPath(file)) if file != tree.named else None for file in files}
+    wanted = wanted_of({part for part in parts.values() if part}, tree.root, reading.split)
+    return _of_parts(parts, tree, wanted, reading, rows_of)
 
 
 def unwanted(part: str | None, wanted: str, there: set[str | None]) -> str | None:
@@ -63,7 +64,7 @@ def unwanted(part: str | None, wanted: str, there: set[str | None]) -> str | Non
     return None
 
 
-def wanted_of(there: set[str], root: Path, asked: str | None) -> str:
+def wanted_of(there: set[str], root: str, asked: str | None) -> str:
     """The part that is meant, or "all". Raises UserError where that is not clear, or it is not there."""
     if asked is None or asked == ALL:
         if asked is None and len(there) > 1 and TRAIN not in there:
@@ -77,14 +78,13 @@ def wanted_of(there: set[str], root: Path, asked: str | None) -> str:
     return named(asked)
 
 
-def _of_parts(parts: dict[Path, str | None], root: Path, wanted: str, reading: Reading, rows_of: Callable[[Path], Rows]) -> Rows:
+def _of_parts(parts: dict[str, str | None], tree: Tree, wanted: str, reading: Reading, rows_of: Callable[[str], Rows]) -> Rows:
     there = set(parts.values())
-    for file, part in parts.items():
-        where = file.relative_to(root).as_posix() if file != root else file.name
+    for where, part in parts.items():
         if reason := unwanted(part, wanted, there):
-            yield where, partial(_left, reason, where, file, rows_of)
+            yield where, partial(_left, reason, where, tree, rows_of)
         else:
-            yield from _counted(rows_of(file), part, reading)
+            yield from _counted(rows_of(where), part, reading)
 
 
 def _counted(rows: Rows, part: str | None, reading: Reading) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -94,16 +94,10 @@ def _counted(rows: Rows, part: str | None, reading: Reading) -> Iterator[tuple[s
         yield row
 
 
-def _left(reason: str, where: str, file: Path, rows_of: Callable[[Path], Rows]) -> Any:
-    raise Refused(reason, where, _count(file, rows_of))
-
-
-def _count(file: Path, rows_of: Callable[[Path], Rows]) -> int:
-    """How many rows a file has, without its pictures; 1, the file itself, where that cannot be told."""
-    try:
-        return pq.read_metadata(file).num_rows if file.suffix.lower() == ".parquet" else sum(1 for _ in rows_of(file))
-    except (OSError, pa.ArrowException):
-        return 1
+def _left(reason: str, where: str, tree: Tree, rows_of: Callable[[str], Rows]) -> Any:
+    tree.meet(where)
+    count = row_count(tree, where)
+    raise Refused(reason, where, sum(1 for _ in rows_of(where)) if count is None else count)
 
 
 def of_row(row: Any, reading: Reading) -> None:

@@ -63,8 +63,6 @@ RunName = Annotated[str | None, typer.Option("--name", help="name of the run; it
 RoundNumber = Annotated[int | None, typer.Option("--round", "-r", min=1, help="which round; default: the last one there is")]
 
 
-
-
 def _not_n(rounds: int | None) -> None:
     if rounds is not None:
         raise UserError(f"--rounds is called --n: write --n {rounds}")

@@ -74,7 +74,7 @@ def check_fits_pictures(knobs: Finetune, pairs: "PairSet | None" = None) -> None
         lacks = "experts' scores" if {"score", "opinions"} & set(term.objective.needs) and not term.objective.by_order else None
         if signals_of([term], knobs.signal) != ["error"]:
             lacks = "the steps that a sampler took"
-        if pairs is not None and pairs.shares and term.objective.outright:
+        if pairs is not None and term.objective.outright and not lacks and pairs.shares:
             raise UserError(f"finetune.objective {name} takes a picture as good or bad, and labels of these pairs are shares of votes: "
                             "use an objective of pairs, such as diffusion_dpo, which weighs by them")
         if pairs is not None and term.objective.by_order and not lacks and (loose := sum(one is None for one in pairs.rankings.values())):

@@ -182,10 +182,12 @@ class Format:
     holds: tuple[str, ...] = ()
 
 
-def read(name: str, path: Path, folder: Path, columns: Mapping[str, str] | None = None, split: str | None = None) -> PairSet:
+def read(name: str, path: Path, folder: Path, columns: Mapping[str, str] | None = None, split: str | None = None,
+         made_of: str | None = None) -> PairSet:
     """The pair set in `folder` made of other programs' files at `path`. Raises UserError if nothing in them can be used.
 
     columns: our name of a column -> the files'. split: which part of several, "all", or None for the training part.
+    made_of: what tells whether the same files would be read again; kept in the manifest.
     """
     kind: Format = FORMATS.find(name)
     reading = Reading(columns or {}, split)
@@ -211,7 +213,8 @@ def read(name: str, path: Path, folder: Path, columns: Mapping[str, str] | None 
     target.link()
     lineage = {"format": name, "path": str(path), "columns": dict(reading.columns), "split": split}
     return target.writer.finish({"source": f"{name}: {path}", "lineage": lineage, "placed": kind.placed and target.placed,
-                                 "dropped": dict(losses.reasons), "fields": dict(fields), "unread": reading.unread, "splits": dict(reading.splits)})
+                                 "dropped": dict(losses.reasons), "fields": dict(fields), "unread": reading.unread, "splits": dict(reading.splits),
+                                 "made_of": made_of})
 
 
 def notes(pairs: PairSet) -> list[str]:

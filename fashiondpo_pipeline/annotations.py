@@ -1,12 +1,12 @@
 """What people say of pairs of pictures: a file a person, a line a click, no line ever changed; agreement; what to ask next.
 
 A line of FOLDER/NAME.jsonl is an answer (`of`: which candidates, group, left, right, verdict, `pictures`: hashes of what was seen)
-or takes one back ({"undo": its number}). Lines count from 0. A last line without its end is a click that was never confirmed.
+or takes one back ({"undo": its number}), with its number and a hash of itself (see lines.py). A last line without its end is a click
+that was never confirmed.
 """
 
 import errno
 import hashlib
-import json
 import os
 import re
 import threading
@@ -22,7 +22,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from fashiondpo_pipeline import foreign, seeds
+from fashiondpo_pipeline import foreign, lines, seeds
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.foreign_tables import faults_of, rows_of
 
@@ -89,22 +89,39 @@ def check_name(name: str) -> None:
 
 
 def read(path: Path) -> list[Answer]:
-    """The answers of a file that nobody took back, oldest first. Raises UserError for a line that is none."""
+    """The answers of a file that nobody took back, oldest first. Raises UserError that names every line that is not whole."""
     standing: dict[int, Answer] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+    wrong = []
+    for place, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
         try:
-            found = json.loads(line)
-            if "undo" in found:
-                del standing[found["undo"]]
-                continue
-            answer = Answer(number, path.stem, str(found["of"]), str(found["group"]), int(found["left"]), int(found["right"]),
-                            found["verdict"], tuple(found["pictures"]))
-            if answer.verdict not in VERDICTS or answer.left == answer.right or len(answer.pictures) != 2:
-                raise ValueError(f"verdict {answer.verdict!r} of {answer.left} and {answer.right}")
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
-            raise UserError(f"{path}, line {number + 1}: this is no answer ({problem}); take the line out or put it right") from problem
-        standing[number] = answer
+            said, number = lines.unseal(line, place)
+            answer = understand(said, number, path.stem)
+            if isinstance(answer, Answer):
+                standing[number] = answer
+            elif answer is not None and standing.pop(answer, None) is None and not lines.sealed(line):
+                raise ValueError(f"there is no answer {answer} to take back")
+        except UNFIT as problem:
+            wrong.append(f"{path}, line {place + 1}: this is no answer ({problem}); take the line out or put it right")
+    if wrong:
+        raise UserError("\n".join(wrong) + f"\n{MEND}")
     return list(standing.values())
+
+
+MEND = "`fdpo status --verify --repair` sets such lines of a run aside and keeps the others; out of a pair set, take them by hand"
+UNFIT = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what `understand` raises
+
+
+def understand(said: dict, number: int = 0, annotator: str = "") -> Answer | int | None:
+    """The answer that a line gives, the number of the one that it takes back, or None: it says what was lost. Raises one of UNFIT."""
+    if "undo" in said:
+        return int(said["undo"])
+    if "lost" in said:
+        return None
+    of, group, left, right = str(said["of"]), str(said["group"]), int(said["left"]), int(said["right"])
+    answer = Answer(number, annotator, of, group, left, right, said["verdict"], tuple(said["pictures"]))
+    if answer.verdict not in VERDICTS or answer.left == answer.right or len(answer.pictures) != 2:
+        raise ValueError(f"verdict {answer.verdict!r} of {answer.left} and {answer.right}")
+    return answer
 
 
 def read_all(folder: Path, of: str | None = None) -> list[Answer]:
@@ -135,8 +152,14 @@ class Notebook:
             raise UserError(f"{self.path} is in use by another studio: take another name, or close that one") from None
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         _sync_folder(folder)
+        found = lines.check(self.path, understand)
+        if found.broken:
+            raise UserError("\n".join(found.complaints) + f"\n{MEND}")
+        for complaint in found.complaints:
+            say(complaint)
         self._drop_unfinished_line(say)
-        self._lines = self.path.read_bytes().count(b"\n")
+        self._tally = lines.Tally(self.path)
+        self._lines = found.next_number
         self._answers = read(self.path)
 
     def _drop_unfinished_line(self, say: Callable[[str], None]) -> None:
@@ -172,7 +195,7 @@ class Notebook:
 
     def _append(self, line: dict) -> None:
         """Put a line on disk. Raises UserError, and leaves the file as it was, where there is no room."""
-        data = json.dumps(line | {"at": datetime.now(UTC).isoformat(timespec="milliseconds")}, ensure_ascii=False).encode() + b"\n"
+        data = lines.seal(line | {"at": datetime.now(UTC).isoformat(timespec="milliseconds")}, self._lines)
         end = os.fstat(self._file).st_size
         try:
             if os.write(self._file, data) != len(data):
@@ -182,9 +205,11 @@ class Notebook:
             os.truncate(self.path, end)  # half a line must not stand before the next
             raise UserError(f"{self.path}: that was not kept ({problem.strerror}): make room, and say it again") from problem
         self._lines += 1
+        self._tally.set(self._lines, data)
 
     def close(self) -> None:
         os.close(self._file)
+        self._tally.close()
         self._lock.release()
 
 

@@ -272,6 +272,24 @@ def status(
 
 
 @app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do it; without, it only says what would go")] = False,
+    keep: Annotated[list[Path] | None, typer.Option("--keep", metavar="FILE", help="another configuration whose results stay; repeatable")] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    name: RunName = None,
+) -> None:
+    """Free the room of results that the present settings need no more: what `fdpo status` calls results of other settings.
+
+    What people said, labels, imported and saved pairs and what was trained on those stay.
+    """
+    from stages import clean as stage
+
+    session = _session(config, sets, name)
+    stage.run(session, [_session(path, None, session.config.name) for path in keep or ()], yes)
+
+
+@app.command()
 def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds; default: as configured")] = None,
          rounds: NotN = None,
          probe: Annotated[bool, typer.Option("--probe", help="do a little of each kind of work first: seconds, memory, pictures' bytes")] = False,

@@ -20,7 +20,12 @@ def canonical(value: Any) -> str:
 
 def fingerprint(claim: Any) -> str:
     """Eight hex digits that name a claim."""
-    return hashlib.sha256(canonical(claim).encode()).hexdigest()[:8]
+    return fingerprint_of_text(canonical(claim))
+
+
+def fingerprint_of_text(text: str) -> str:
+    """The same of a claim as `canonical` has it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def hash_file(path: Path) -> str:

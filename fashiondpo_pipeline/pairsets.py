@@ -23,7 +23,7 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 from fashiondpo_pipeline import schemas
 from fashiondpo_pipeline.errors import UserError, disk_is_full
 from fashiondpo_pipeline.identity import fingerprint, hash_file
-from fashiondpo_pipeline.workspace import read_json, read_parquet, read_schema, write_json, write_parquet
+from fashiondpo_pipeline.workspace import agrees, read_json, read_parquet, read_schema, write_parquet, write_sealed
 
 FORMAT = 1
 SHARD_BYTES = 32 << 20  # of pictures in a file, and so in memory
@@ -82,7 +82,9 @@ class PairSet:
             table = name.partition("-")[0]
             if table not in SCHEMAS or read_schema(folder / name).names != SCHEMAS[table].names:
                 raise UserError(f"{folder}/{name} has not the columns of a pair set's {table}: make the set anew")
-        return cls(folder, manifest)
+        if agrees(manifest) is False:
+            raise UserError(f"{folder}/manifest.json is not as it was written: copy it again, or make the set anew")
+        return cls(folder, {key: value for key, value in manifest.items() if key != "sum"})
 
     @property
     def identity(self) -> str:
@@ -90,9 +92,21 @@ class PairSet:
         return fingerprint({name: info["sha256"] for name, info in self.manifest["files"].items()})
 
     def altered(self) -> list[str]:
-        """The files that are not as they were written, by their hashes; every byte is read."""
-        return [f"{self.folder / name}: altered" for name, info in self.manifest["files"].items()
-                if hash_file(self.folder / name) != info["sha256"]]
+        """The files that are missing or not as they were written, by their hashes; every byte is read."""
+        found = []
+        for name, info in (self.manifest["files"] | self.manifest.get("others", {})).items():
+            path = self.folder / name
+            if not path.is_file():
+                found.append(f"{path}: missing")
+            elif hash_file(path) != info["sha256"]:
+                found.append(f"{path}: altered")
+        checks = self.folder / "checks.json"
+        if checks.is_file():
+            try:
+                found += [f"{checks}: altered"] if agrees(read_json(checks)) is False else []
+            except (UserError, AttributeError):
+                found.append(f"{checks}: altered")
+        return found
 
     @property
     def counts(self) -> dict[str, int]:
@@ -226,7 +240,10 @@ class Writer:
         """From now on, and not before, it is a pair set. `manifest`: source, lineage, dropped and what else is to be known of it."""
         for table in self._rows:
             self._flush(table)
-        write_json(self.draft / "manifest.json", {**manifest, "format": FORMAT, "counts": dict(self.counts), "files": self.files})
+        others = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+                  for path in sorted(self.draft.iterdir()) if path.is_file() and path.name not in self.files}
+        write_sealed(self.draft / "manifest.json",
+                     {**manifest, "format": FORMAT, "counts": dict(self.counts), "files": self.files, "others": others})
         put_in_place(self.draft, self.folder)
         return PairSet.open(self.folder)
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.reference import Reference
 from fashiondpo_pipeline.store import Store
 from fashiondpo_pipeline.training import Tally
-from fashiondpo_pipeline.workspace import replace_bytes
+from fashiondpo_pipeline.workspace import read_hashed, write_hashed
 
 BETA_RANGE = 100.0  # auto_beta stays within this factor of beta
 BETA_RATE = 0.1  # its change of ln beta for each unit that the gradient factor is off
@@ -59,13 +60,16 @@ class Progress:
                  "scaler": scaler.state_dict(), "rows": self.rows, "beta": self.beta, "by_column": self.by_column,
                  "reference": reference.hash, "moving": reference.start if reference.knobs.reference == "ema" else None}
         torch.save(state, buffer := io.BytesIO())  # in memory first: on a full disk torch says something else
-        replace_bytes(path, buffer.getvalue())
+        write_hashed(path, buffer.getvalue())
 
-    def resume(self, path: Path, weights: dict, optimiser, scaler, reference: Reference, device) -> None:
-        """Put everything back as it was. Raises UserError if the reference is another one now."""
-        if not path.is_file():
+    def resume(self, path: Path, weights: dict, optimiser, scaler, reference: Reference, device, say: Callable[[str], None] = print) -> None:
+        """Put everything back as it was; a checkpoint that is not whole is set aside, which is said, and training begins anew.
+
+        Raises UserError if the reference is another one now.
+        """
+        if (held := read_hashed(path, say)) is None:
             return
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(held), map_location=device, weights_only=True)
         if state["reference"] != reference.hash:
             raise UserError(f"{path}: this finetuning began against another reference ({state['reference']}, now {reference.hash}): "
                             "what it reads was changed; delete the folder it lies in and run the same command again")

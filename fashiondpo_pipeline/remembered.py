@@ -1,15 +1,20 @@
 """What was worked out about files that have not changed since: hashes of models, what prompts are. It saves time and is never needed.
 
-One JSON file in the user's cache folder, or in $FDPO_CACHE. An answer counts while a file has the same size, times and inode; what was
-changed less than two seconds ago is asked again, as a second change could bear the same time.
+One JSON file in the user's cache folder, or in $FDPO_CACHE, and one for each folder of many files, in `folders/` beside it. An answer
+counts while a file has the same size, times and inode; what was changed less than two seconds ago is asked again, as a second change
+could bear the same time.
 """
 
+import atexit
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +40,35 @@ def remembered(path: Path, question: str, answer: Callable[[], Any]) -> Any:
     return found
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("FDPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashiondpo_pipeline")
+
+
 def _file() -> Path:
-    folder = os.environ.get("FDPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashiondpo_pipeline"
-    return Path(folder) / "files.json"
+    return _cache() / "files.json"
+
+
+def _read_plain(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, not readable or cut short: then everything is worked out anew
+        return {}
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, not readable or cut short: then everything is worked out anew
-        return {}
+    found = _read_plain(file)
     whole = isinstance(found, dict) and all(isinstance(entry, dict) and {"stamp", "answer"} <= entry.keys() for entry in found.values())
     return found if whole else {}
 
 
 def _write(file: Path, known: dict[str, Any]) -> None:
-    """Whole or not at all, under a name of its own, as other processes may be at it; of two at once one wins."""
     for key in list(known)[: len(known) - MOST]:
         del known[key]
+    _put(file, known)
+
+
+def _put(file: Path, known: Any) -> None:
+    """Whole or not at all, under a name of its own, as other processes may be at it; of two at once one wins."""
     with contextlib.suppress(OSError):  # a home that cannot be written to costs time, no result
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
@@ -63,3 +79,68 @@ def _write(file: Path, known: dict[str, Any]) -> None:
         except BaseException:
             os.unlink(draft)
             raise
+
+
+# -- hashes of a folder of many files
+
+FOLDERS = 1_024  # folders of which hashes are kept, those written longest ago go first
+PATIENCE = 5.0  # seconds between two writings of a folder's hashes
+
+Hashes = dict[str, list]  # name -> size, times, inode, hash
+_folders: dict[Path, Hashes] = {}
+_written: dict[Path, float] = {}  # when a folder's hashes were put on disk; gone where nothing has come since
+_lock = threading.Lock()
+
+
+def hash_within(folder: Path, name: str, hash_it: Callable[[Path], Any]) -> Any:
+    """hash_it() of a file below a folder (or what else is to be known of it), or what it was if the file is as it was then.
+
+    What is known of a folder's files lies in one file.
+
+    They are put on disk every few seconds and at the end: a process that is killed leaves some to be worked out anew.
+    """
+    stat = os.stat(f"{folder}/{name}")
+    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    place = _place(os.path.abspath(folder), str(_cache()))
+    known = _folders.get(place)
+    if known is None:
+        with _lock:
+            known = _folders.setdefault(place, _hashes(place))
+    if (entry := known.get(name)) and entry[:4] == stamp:
+        return entry[4]
+    found = hash_it(folder / name)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
+        with _lock:
+            known[name] = [*stamp, found]
+            if time.monotonic() - _written.setdefault(place, time.monotonic()) > PATIENCE:
+                _keep(place)
+    return found
+
+
+@lru_cache(maxsize=1_024)
+def _place(folder: str, cache: str) -> Path:
+    return Path(cache) / "folders" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
+
+
+def _hashes(place: Path) -> Hashes:
+    found = _read_plain(place)
+    whole = isinstance(found, dict) and all(isinstance(entry, list) and len(entry) == 5 for entry in found.values())
+    return found if whole else {}
+
+
+def _keep(place: Path) -> None:
+    _put(place, _folders[place])
+    _written.pop(place, None)
+    there = sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns) if place.parent.is_dir() else []
+    for path in there[: len(there) - FOLDERS]:
+        path.unlink(missing_ok=True)
+
+
+def keep_all() -> None:
+    """Put on disk what has been worked out since the last time."""
+    with _lock:
+        for place in list(_written):
+            _keep(place)
+
+
+atexit.register(keep_all)

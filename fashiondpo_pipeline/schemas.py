@@ -44,19 +44,22 @@ CANDIDATES = _schema(
 
 
 def trajectories(channels: int, height: int, width: int) -> pa.Schema:
-    """One row is one candidate's saved path; latents are fp16, C order, (channels, height, width) each."""
+    """One row is one candidate's saved path; latents are fp16, C order, (channels, height, width) each.
+
+    In lists they are of no fixed size to Arrow, as pandas reads no lists of such.
+    """
     latent = channels * height * width * 2
     schema = _schema(
         _GROUP,
         _CANDIDATE,
         ("steps", pa.list_(pa.int16()), "numbers of the saved steps, from 0 (noisiest)"),
         ("timesteps", pa.list_(pa.float32()), "their timesteps t, 0..1000"),
-        ("x_t", pa.list_(pa.binary(latent)), "latent before each saved step"),
-        ("x_prev", pa.list_(pa.binary(latent)), "latent after each saved step; null where it is the next saved step's x_t, or x_0"),
+        ("x_t", pa.list_(pa.binary()), "latent before each saved step"),
+        ("x_prev", pa.list_(pa.binary()), "latent after each saved step; null where it is the next saved step's x_t, or x_0"),
         ("x_0", pa.binary(latent), "the finished latent, as the VAE's decoder is given it times scaling_factor"),
         ("log_prob", pa.list_(pa.float64()), "ln p(x_prev | x_t) summed over dimensions, nats; null: no density"),
         ("error", pa.list_(pa.float32()), "mean squared error of the conditional prediction at x_t against its own x_0"),
-        ("prediction", pa.list_(pa.binary(latent)), "conditional prediction at each saved step, fp16; null: not kept"),
+        ("prediction", pa.list_(pa.binary()), "conditional prediction at each saved step, fp16; null: not kept"),
         about="what finetuning needs, so that it runs no reference forward",
     )
     return schema.with_metadata({**schema.metadata, b"latent_shape": json.dumps([channels, height, width]).encode()})

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fashiondpo_pipeline.processes import rank
 from fashiondpo_pipeline.sampling import Condition, Guidance, predict
 from fashiondpo_pipeline.timesteps import in_window
 from fashiondpo_pipeline.training import Batch, Predictions
-from fashiondpo_pipeline.workspace import replace_bytes
+from fashiondpo_pipeline.workspace import read_hashed, write_hashed
 
 IN_MEMORY = 4 << 30  # bytes; more than this of one kind lies in a file that is mapped into memory
 SUMS = 2.0**-20  # how far off a sum of a few terms in float32 may be, in shares of it
@@ -49,6 +49,7 @@ class Store:
     def __init__(self, generator: Any, sampled: dict, guidance: Guidance, knobs: Finetune, signals: list[str], seed: int, folder: Path):
         self.generator, self.sampled, self.guidance, self.knobs, self.signals = generator, sampled, guidance, knobs, signals
         self.seed, self.folder = seed, folder
+        self.say: Callable[[str], None] = print
         self.device = generator.device
         self.schedule = generator.schedule(sampled["steps"])
         self.fresh = knobs.noise == "fresh" and signals == ["error"]
@@ -292,8 +293,8 @@ class Store:
         """
         path, names = self.folder / file, ["error", *(["log_prob"] if "log_prob" in self.signals else [])]
         self.asked = getattr(self, "asked", 0) + len(rows) * self.columns
-        if path.is_file():
-            with np.load(path, allow_pickle=False) as kept:
+        if (held := read_hashed(path, self.say)) is not None:
+            with np.load(io.BytesIO(held), allow_pickle=False) as kept:
                 return {name: kept[name] for name in names}
         found = {name: torch.zeros(len(self.names), self.columns, dtype=torch.float64) for name in names}
         places = [(row, column) for column in range(self.columns) for row in rows]
@@ -310,7 +311,7 @@ class Store:
             values[others] = np.nan
         if processes.first:
             np.savez(buffer := io.BytesIO(), **numbers)  # type: ignore[arg-type]
-            replace_bytes(path, buffer.getvalue())
+            write_hashed(path, buffer.getvalue())
         return numbers
 
     def kept_predictions(self, rows: np.ndarray, columns: np.ndarray) -> Tensor:

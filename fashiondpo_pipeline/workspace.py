@@ -2,17 +2,22 @@
 
 A step of many shards also keeps its narrow tables in `whole/`, one file each, for who reads all of them: opening a thousand files
 takes longer than reading a million rows. It is made of the shards when the step ends, listed in the manifest, and never the only copy.
+
+What is read is what was written: receipts and manifests carry every file's hash and one of themselves, and a file is hashed before it is
+read, once as long as it stays as it is (see remembered.py).
 """
 
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +30,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.identity import canonical, fingerprint, hash_file
+from fashiondpo_pipeline.identity import canonical, fingerprint, fingerprint_of_text, hash_file
+from fashiondpo_pipeline.remembered import hash_within
 
 # Tensor columns do not compress (fp16 noise): storing them plain is faster both ways.
 _PLAIN = {"x_t.list.element", "x_prev.list.element", "x_0", "prediction.list.element", "tokens", "pooled", "picture.bytes", "embedding.list.element"}
@@ -37,6 +43,10 @@ AT_ONCE = 1_024  # shards in memory while it is made
 ROWS = 1 << 17  # in a row group: what is read to show a few rows
 PIECE = 1 << 19  # rows that are read before they are worked on, where a whole table would not fit
 SMALL = 1 << 22  # bytes: such a file is read at once, which takes less than mapping it
+MEND = "`fdpo status --verify --repair` names and re-makes it"
+# What receipts and manifests of earlier versions hold, which have no hash of themselves.
+ADDED = {"expert", "tower", "pairs", "identity", "settings"}  # of single stages
+UNSEALED = ({"files", "seconds"}, {"claim", "inputs", "numbers", "files", "seconds", "versions", "git"})
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,18 @@ class Step:
     implied: bool = False  # whoever reads it claims all that it is made of already, so its own fingerprint is not in theirs
 
     @cached_property
-    def claim(self) -> dict:
+    def _text(self) -> str:
         inputs = {role: step.fingerprint for role, step in self.inputs.items() if not step.implied}
         own = {"stage": self.stage, "version": self.version, "config": self.config, "files": self.files, "inputs": inputs}
-        return json.loads(canonical(own))
+        return canonical(own)
+
+    @cached_property
+    def claim(self) -> dict:
+        return json.loads(self._text)
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.claim)
+        return fingerprint_of_text(self._text)
 
     @property
     def folder(self) -> str:
@@ -72,7 +86,14 @@ class Run:
     """The folder of one run, `runs/NAME`; one process at a time may write in it."""
 
     def __init__(self, root: Path):
+        """Raises UserError where something that is no folder lies at `root`."""
         self.root = root
+        if root.is_symlink() and not root.exists():
+            raise UserError(f"{root} is a link to {os.readlink(root)}, where nothing is: bring back what it names, or take the link away")
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} is a file, where a run's folder should be: move it away, or use another --name")
+        if root.parent.exists() and not root.parent.is_dir():
+            raise UserError(f"{root.parent} is a file, where the folder of runs should be: move it away")
 
     def output(self, step: Step) -> "Output":
         return Output(self.root / step.folder, step.claim, {role: self.root / s.folder for role, s in step.inputs.items()})
@@ -113,14 +134,23 @@ class Output:
         self.work.mkdir(exist_ok=True)
         for leftover in self.folder.rglob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.clear_half()
         write_json(self.folder / "claim.json", self.claim)
         self.earlier = sum(receipt["seconds"] for receipt in self._receipts())
+
+    def clear_half(self) -> None:
+        """Take away tables whose shard has no receipt: a writer, or who dropped it, was killed before its end."""
+        if not self.done and self.parts.is_dir():
+            for path in self.parts.glob("*.parquet"):
+                shard = self._place(path.name)[1]
+                if isinstance(shard, int) and not self.has(shard):
+                    path.unlink()
 
     # -- shards
 
     def has(self, shard: int) -> bool:
         """Whether a shard is on disk, whole."""
-        return (self.parts / f"{shard:05d}.json").is_file()
+        return self._receipt(shard).is_file()
 
     def write(self, shard: int, seconds: float = 0.0, **tables: pa.Table) -> None:
         """Put one shard's tables on disk; its receipt comes last, so a shard is whole or absent."""
@@ -129,16 +159,17 @@ class Output:
             path = self.parts / f"{name}-{shard:05d}.parquet"
             write_parquet(path, table)
             files[path.name] = {"rows": table.num_rows, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-        write_json(self.parts / f"{shard:05d}.json", {"files": files, "seconds": round(seconds, 3)})
+        write_sealed(self._receipt(shard), {"files": files, "seconds": round(seconds, 3)})
 
     def drop(self, shard: int | None = None) -> None:
         """Forget one shard (None: only what was gathered of them), so that the next run makes it again; the step is no longer done."""
+        self.work.mkdir(exist_ok=True)  # begun again
         (self.folder / "manifest.json").unlink(missing_ok=True)
         if self.whole.is_dir():
             shutil.rmtree(self.whole)
         if shard is None:
             return
-        (self.parts / f"{shard:05d}.json").unlink(missing_ok=True)
+        self._receipt(shard).unlink(missing_ok=True)
         for path in self.parts.glob(f"*-{shard:05d}.parquet"):
             path.unlink()
 
@@ -159,8 +190,9 @@ class Output:
             for path in ([top] if top.is_file() else sorted(top.rglob("*"))) if path.is_file()
         }
         seconds = round(time.monotonic() - self.started + self.earlier, 3)
-        shutil.rmtree(self.work)
-        write_json(
+        for left in self.work.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        write_sealed(
             self.folder / "manifest.json",
             {
                 "claim": self.claim,
@@ -173,6 +205,7 @@ class Output:
                 "git": git_commit(),
             },
         )
+        self.work.rmdir()  # last: a folder with neither this nor a manifest has lost its manifest
 
     def _gather(self, name: str) -> None:
         """Put a table's narrow columns into one file, if there are many shards of it."""
@@ -193,66 +226,163 @@ class Output:
         _put(self.whole / f"{name}.parquet", write)
 
     def verify(self) -> list[tuple[str, int | str | None]]:
-        """(what is wrong, where) of each file that is missing, cut short or altered since it was written, in a begun step too.
+        """(what is wrong, where) of each file that is missing, cut short, altered or not of this step, in a begun step too.
 
-        Where is the number of a shard, "whole" for what was gathered of the shards, None for what only the whole step can make.
+        Where is the number of a shard, "whole" for what was gathered of the shards, "claim" and "manifest" for those files alone, None
+        for what only the whole step can make.
         """
-        done = (self.folder / "manifest.json").is_file()
-        wrong = []
-        for name, info in (self.manifest["files"] if done else _listed(self._receipts())).items():
-            part = self.parts / name
-            shard = int(part.stem.rpartition("-")[2]) if "/" not in name and name.endswith(".parquet") else None
-            path = part if shard is not None else self.folder / name
-            where = "whole" if name.startswith("whole/") else shard
-            if not path.is_file():
-                wrong.append((f"{path}: missing", where))
-            elif path.stat().st_size != info["bytes"]:
-                wrong.append((f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}", where))
-            elif hash_file(path) != info["sha256"]:
-                wrong.append((f"{path}: altered", where))
+        wrong: list[tuple[str, int | str | None]] = []
+        receipts = self._sound_receipts(wrong)
+        manifest = self._sound_manifest(wrong)
+        if complaint := self._wrong_claim():
+            wrong.append((complaint, "claim"))
+        files = manifest["files"] if manifest else _listed(receipts.values())
+        for name, info in files.items():
+            path, where = self._place(name)
+            if complaint := _wrong(path, info):
+                wrong.append((complaint, where))
+            elif isinstance(where, int) and not self._receipt(where).is_file():
+                wrong.append((f"{self._receipt(where)}: missing", where))
+        if manifest:
+            strays = (path for path in self.parts.glob("*.parquet") if path.name not in files)
+            wrong += [(f"{path}: no file of this step", self._place(path.name)[1]) for path in sorted(strays)]
         return wrong
 
+    def _sound_receipts(self, wrong: list) -> dict[int, dict]:
+        """Shard -> its receipt; what is wrong with others is noted."""
+        found = {}
+        for path in sorted(self.parts.glob("*.json")):
+            try:
+                found[int(path.stem)] = receipt = read_sealed(path)
+                if not all(name.endswith(f"-{path.stem}.parquet") for name in receipt["files"]):
+                    raise ValueError("it is that of another shard")
+            except (UserError, ValueError):
+                wrong.append((f"{path}: altered", int(path.stem) if path.stem.isdigit() else None))
+        return found
+
+    def _sound_manifest(self, wrong: list) -> dict | None:
+        """The manifest, if there should be one and it is whole; otherwise that is noted, with what its loss takes along."""
+        path = self.folder / "manifest.json"
+        published = any(top.name not in ("parts", "whole", "work", "claim.json", "manifest.json") for top in self.folder.iterdir())
+        try:
+            if path.is_file():
+                return read_sealed(path)
+            if not self.work.is_dir():
+                wrong.append((f"{path}: missing", None if published else "manifest"))
+        except UserError:
+            wrong.append((f"{path}: altered", None if published else "manifest"))
+        return None
+
+    def _wrong_claim(self) -> str | None:
+        """What is wrong with claim.json, which names the folder."""
+        path = self.folder / "claim.json"
+        if not path.is_file():
+            return f"{path}: missing"
+        try:
+            whole = self.folder.name.endswith(fingerprint(read_json(path))) and path.read_bytes().endswith(b"}\n")
+        except (UserError, ValueError):
+            whole = False
+        return None if whole else f"{path}: altered"
+
+    def _place(self, name: str) -> tuple[Path, int | str | None]:
+        """(path, where, as `verify` has it) of a file by its name in a manifest."""
+        if "/" in name or not name.endswith(".parquet"):
+            return self.folder / name, "whole" if name.startswith("whole/") else "claim" if name == "claim.json" else None
+        shard = Path(name).stem.rpartition("-")[2]
+        return self.parts / name, int(shard) if shard.isdigit() else None
+
+    def mend(self, where: int | str | None) -> None:
+        """Drop what `verify` has found wrong, so that the next run makes it again."""
+        if where is None:
+            shutil.rmtree(self.folder)
+        elif where == "claim":
+            (self.folder / "claim.json").unlink(missing_ok=True)
+            self.drop()  # whoever opens it writes its claim
+        else:
+            self.drop(where if isinstance(where, int) else None)
+
     def _receipts(self) -> list[dict]:
-        return [read_json(path) for path in sorted(self.parts.glob("*.json"))]
+        return [read_sealed(path) for path in sorted(self.parts.glob("*.json"))]
+
+    def _receipt(self, shard: int) -> Path:
+        return self.parts / f"{shard:05d}.json"
 
     # -- reading
 
     @property
     def manifest(self) -> dict:
-        return read_json(self.folder / "manifest.json")
+        """What is known of a done step. Raises UserError if it is not as it was written."""
+        return read_sealed(self.folder / "manifest.json")
+
+    @property
+    def done(self) -> bool:
+        """Whether the step has been finished."""
+        return (self.folder / "manifest.json").is_file()
+
+    def published(self, name: str) -> Path:
+        """A folder that the step has published, such as its adapter. Raises UserError if a file in it is not as it was written."""
+        for file in self.manifest["files"]:
+            if file.startswith(f"{name}/"):
+                self._check(self.folder / file)
+        return self.folder / name
+
+    def _check(self, path: Path) -> None:
+        """Raises UserError if a file of this step is not as it was written."""
+        place = path.name if path.parent == self.parts else path.relative_to(self.folder).as_posix()
+        if self.done:
+            info = self.manifest["files"].get(place, {"sha256": "none, as it is no file of this step"})
+        elif isinstance(shard := self._place(place)[1], int) and self.has(shard):
+            info = read_sealed(self._receipt(shard))["files"].get(place)
+        else:
+            info = None
+        if not info:
+            return
+        with _naming(path):
+            if hash_within(self.folder, path.relative_to(self.folder).as_posix(), hash_file) != info["sha256"]:
+                raise OSError("it is not as it was written")
 
     def shards(self, table: str) -> list[int]:
-        """Numbers of the shards on disk that hold `table`."""
+        """Numbers of the shards that hold `table`: those of the manifest, in a begun step those on disk."""
         start, end = f"{table}-", ".parquet"
-        names = os.listdir(self.parts) if self.parts.is_dir() else []
+        if self.done:
+            names = list(self.manifest["files"])
+        else:
+            names = os.listdir(self.parts) if self.parts.is_dir() else []
         found = (name[len(start) : -len(end)] for name in names if name.startswith(start) and name.endswith(end))
         return sorted(int(number) for number in found if number.isdigit())
 
     def table(self, name: str, columns: list[str] | None = None, shard: int | None = None) -> pa.Table:
         """A table of this step, or one shard of it; only the named columns are read."""
         files = self._files(name, columns) if shard is None else [self._part(name, shard)]
-        return pa.concat_tables([read_parquet(file, columns) for file in files])
+        for file in files:
+            self._check(file)
+        return concatenated([read_parquet(file, columns) for file in files])
 
     def pieces(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
         """A table some PIECE rows at a time, for who need not have all of it in memory."""
         held: list[pa.Table] = []
         for path in self._files(name, columns):
+            self._check(path)
             file = _open(path)
             for group in range(file.metadata.num_row_groups):
                 with _naming(path):
                     held.append(file.read_row_group(group, columns))
                 if sum(map(len, held)) >= PIECE:
-                    yield pa.concat_tables(held)
+                    yield concatenated(held)
                     held = []
         if held:
-            yield pa.concat_tables(held)
+            yield concatenated(held)
 
     def rows(self, name: str, columns: list[str], numbers: np.ndarray) -> pa.Table:
         """Rows of a table by their numbers, in that order; files and row groups that hold none of them are not read."""
         files = self._files(name, columns)
         listed = self.manifest["files"] if len(files) > 1 else {}
         counts = [listed[file.name]["rows"] if file.name in listed else _open(file).metadata.num_rows for file in files]
-        return _taken(counts, numbers, lambda at, some: _rows_of(files[at], columns, some))
+        def read(at: int, some: np.ndarray) -> pa.Table:
+            self._check(files[at])
+            return _rows_of(files[at], columns, some)
+
+        return _taken(counts, numbers, read)
 
     def count(self, name: str) -> int:
         """How many rows a table of a done step has."""
@@ -261,7 +391,9 @@ class Output:
 
     def columns(self, name: str) -> list[str]:
         """Names of a table's columns."""
-        return read_schema(self._files(name, None)[0]).names
+        file = self._files(name, None)[0]
+        self._check(file)
+        return read_schema(file).names
 
     def _part(self, name: str, shard: int) -> Path:
         return self.parts / f"{name}-{shard:05d}.parquet"
@@ -281,8 +413,23 @@ class Output:
         return Output(self.inputs[role], {}, {})
 
 
-def _listed(receipts: list[dict]) -> dict[str, dict]:
+def _listed(receipts: Iterable[dict]) -> dict[str, dict]:
     return {name: info for receipt in receipts for name, info in receipt["files"].items()}
+
+
+def _wrong(path: Path, info: dict) -> str | None:
+    """What is wrong with a file, every byte of which is read."""
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != info["bytes"]:
+        return f"{path}: {path.stat().st_size:,} bytes instead of {info['bytes']:,}"
+    return None if hash_file(path) == info["sha256"] else f"{path}: altered"
+
+
+def concatenated(tables: list[pa.Table]) -> pa.Table:
+    """Tables one below the other; those of earlier versions take the types of the last."""
+    schema = tables[-1].schema
+    return pa.concat_tables([table if table.schema.equals(schema) else table.cast(schema) for table in tables])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -292,8 +439,56 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is damaged ({problem}): delete it and run the same command again") from problem
+
+
+def write_sealed(path: Path, value: dict) -> None:
+    """JSON that carries a hash of itself, `sum`."""
+    write_json(path, value | {"sum": _sum(json.loads(json.dumps(value)))})
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote, without its hash; of a step it must be the manifest of the claim that names the folder.
+
+    Raises UserError if it is not as it was written.
+    """
+    stat = path.stat()
+    return _sealed(path.absolute(), path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=16)
+def _sealed(place: Path, path: Path, stamp: tuple[int, ...]) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+        if not isinstance(found, dict) or not text.endswith("}\n"):
+            raise ValueError("it is not as it was written")
+        whole = found.pop("sum") == _sum(found) if "sum" in found else found.keys() - ADDED in UNSEALED
+        if not whole:
+            raise ValueError("it is not as it was written")
+        if "claim" in found and not path.parent.name.endswith(fingerprint(found["claim"])):
+            raise ValueError("it is that of another step")
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path} is damaged ({problem}); {MEND}") from problem
+    return found
+
+
+def agrees(found: dict) -> bool | None:
+    """Whether what a JSON file holds agrees with the hash of itself that it carries; None where it carries none, as earlier versions did."""
+    if "sum" in found:
+        return found["sum"] == _sum({key: value for key, value in found.items() if key != "sum"})
+    spoilt = any(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in found.values())  # a hash under another name
+    return False if spoilt else None
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a whole JSON file carries a hash of itself: those of earlier versions do not."""
+    return "sum" in read_json(path)
+
+
+def _sum(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -352,7 +547,7 @@ def _taken(counts: list[int], numbers: np.ndarray, read: Callable[[int, np.ndarr
     found = [read(int(piece), numbers[order[pieces == piece]] - (ends[piece] - counts[piece])) for piece in np.unique(pieces)]
     back = np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
-    return pa.concat_tables(found or [read(0, numbers)]).take(pa.array(back))
+    return concatenated(found or [read(0, numbers)]).take(pa.array(back))
 
 
 @contextmanager
@@ -361,7 +556,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as problem:
-        raise UserError(f"{path} cannot be read ({problem}); `fdpo status --verify --repair` names and re-makes it") from problem
+        raise UserError(f"{path} cannot be read ({problem}); {MEND}") from problem
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -370,6 +565,52 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     _put(path, lambda draft: draft.write_bytes(data))
+
+
+_PAGE = re.compile(r"<!-- whole: ([0-9a-f]{64})(?: beside: ([0-9a-f]{64}))? -->\n")
+
+
+def write_page(path: Path, text: str, beside: Path | None = None) -> None:
+    """A page that ends with a hash of itself, and of a file beside it that belongs to it."""
+    other = f" beside: {hash_file(beside)}" if beside else ""
+    replace_text(path, f"{text}\n<!-- whole: {hashlib.sha256((text + other).encode()).hexdigest()}{other} -->\n")
+
+
+def is_whole_page(path: Path) -> bool | None:
+    """Whether a page is as `write_page` wrote it; None where nothing tells, as it is of an earlier version."""
+    data = path.read_bytes().decode(errors="replace")
+    start = data.rfind("\n<!-- whole: ")
+    if start < 0:
+        return None if data.endswith("</html>") or data.endswith("</html>\n") else False
+    end = _PAGE.fullmatch(data[start + 1 :])
+    other = f" beside: {end[2]}" if end and end[2] else ""
+    return end is not None and hashlib.sha256((data[:start] + other).encode()).hexdigest() == end[1]
+
+
+def hash_in_page(path: Path) -> str | None:
+    """The hash of the file beside a page that is whole."""
+    found = _PAGE.findall(path.read_text(encoding="utf-8")[-400:])
+    return found[-1][1] if found else None
+
+
+def write_hashed(path: Path, data: bytes) -> None:
+    """Bytes behind their sha256, for a file that no receipt knows of: what survives a crash."""
+    replace_bytes(path, hashlib.sha256(data).digest() + data)
+
+
+def read_hashed(path: Path, say: Callable[[str], None]) -> bytes | None:
+    """What `write_hashed` wrote; None where there is nothing, or where it is not as it was written: then it is set aside, and that is said."""
+    try:
+        held = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(held[32:]).digest() == held[:32]:
+        return held[32:]
+    aside = path.with_name(path.name + ".broken")
+    with suppress(FileNotFoundError):  # another process was first
+        os.replace(path, aside)
+    say(f"{path} is not as it was written: it is set aside as {aside.name}, and what it kept is made anew")
+    return None
 
 
 def save_file(path: Path, save: Any) -> None:

@@ -6,6 +6,7 @@ done, stale or missing is then a matter of looking whether its folder has a mani
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.statistics import FEW
 from fashiondpo_pipeline.terms import check_fits_candidates, check_fits_pictures
-from fashiondpo_pipeline.workspace import Output, Run, Step, read_json
+from fashiondpo_pipeline.workspace import Output, Run, Step, read_sealed
 from stages.naming import written
 
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
@@ -249,7 +250,7 @@ class Session:
         """The generator with the adapter of a finetune step (or of a folder), or without any."""
         from fashiondpo_pipeline import adapters
 
-        folder = self.run.root / adapter.folder / "adapter" if isinstance(adapter, Step) else adapter
+        folder = self.output(adapter).published("adapter") if isinstance(adapter, Step) else adapter
         if folder != self._adapter:
             adapters.detach(self._generator.denoiser)
             if folder:
@@ -270,7 +271,7 @@ class Session:
             expert = experts.make(name, entry.use, entry.options)  # another than `make` gives, which stays for the whole run
             if getattr(before, "tower", None) != getattr(expert, "tower", None):
                 before = self._loaded = None  # gone before the next one comes
-            expert.load(self.device, self.run.root / prepared.folder / "prepared" if prepared else None)
+            expert.load(self.device, self.output(prepared).published("prepared") if prepared else None)
             self._loaded = (name, expert, before)
         return self._loaded[1]
 
@@ -304,9 +305,11 @@ class Session:
         ran = []
         for step in steps:
             self.wait()  # so that every process sees the same folders
-            if self.run.done(step):
-                continue
             out = self.run.output(step)
+            if out.done:
+                if self.first and out.work.is_dir():
+                    shutil.rmtree(out.work)  # it was killed in its last operation
+                continue
             if self.first:
                 out.open()
             self.wait()
@@ -370,6 +373,8 @@ class _Builder:
 
     def __init__(self, session: Session, pairs: dict[int, Pair | PairSet], asked_again: int | None):
         self.session, self.config, self.pairs, self.asked_again = session, session.config, pairs, asked_again
+        self._claims: dict[str, tuple[dict, dict]] = {}
+        self._towers: dict[tuple, str] = {}
         g = self.config.generator
         self.generator = {"use": g.use, "dtype": g.dtype, "variant": g.variant}
         for number in (0, *self.config.by_round):
@@ -486,13 +491,26 @@ class _Builder:
         return Step("prepare", f"prepare-{name}", 0, VERSIONS["prepare"], *self._expert(name), args={"expert": name})
 
     def _expert(self, name: str) -> tuple[dict, dict, dict]:
-        """(config, inputs, files) of an expert's claim."""
+        """(config, inputs, files) of an expert's claim, worked out once for all rounds."""
+        if name not in self._claims:
+            self._claims[name] = self._claim_of(name)
+        config, files = self._claims[name]
+        return dict(config), {}, dict(files)
+
+    def _claim_of(self, name: str) -> tuple[dict, dict]:
+        """(config, files)."""
         expert, entry = self.session.make(name), self.config.asked[name]
         files = {key: hash_path(path, f"experts.{name}") for key, path in getattr(expert, "files", dict)().items()}
         if getattr(expert, "tower", None):
-            files["tower"] = Tower(*expert.tower).identity()
+            files["tower"] = self.tower_identity(tuple(expert.tower))
         options = {key: value for key, value in entry.options.items() if key not in getattr(expert, "effort", ())}
-        return {"use": entry.use, "options": options, "version": expert.version}, {}, files
+        return {"use": entry.use, "options": options, "version": expert.version}, files
+
+    def tower_identity(self, tower: tuple) -> str:
+        """A hash of a tower's files, asked once for all rounds."""
+        if tower not in self._towers:
+            self._towers[tower] = Tower(*tower).identity()
+        return self._towers[tower]
 
     def embed(self, sample: Step) -> dict[str, Step]:
         """One step for each tower that any expert reads: tower's identity -> step."""
@@ -501,7 +519,7 @@ class _Builder:
             tower = getattr(self.session.make(name), "tower", None)
             if not tower:
                 continue
-            identity = Tower(*tower).identity()
+            identity = self.tower_identity(tuple(tower))
             label = Path(tower[0].rpartition(":")[2]).name
             prefix = "held-out-" if sample.name.startswith("held-out") else ""
             found[identity] = Step("embed", f"{prefix}embed-{label}", sample.round, VERSIONS["embed"], {}, {"sample": sample},
@@ -538,7 +556,7 @@ class _Builder:
 
         there = self.session.run.root.glob(f"round-{step.round:02d}/{step.name}-????????/manifest.json")
         for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            claim = read_json(path)["claim"]
+            claim = read_sealed(path)["claim"]
             if rest(claim) == rest(step.claim):
                 return replace(step, files=claim["files"], args=step.args | {"grown": claim["files"] != step.files})
         return step

@@ -20,6 +20,7 @@ def run(session, step: Step, out: Output) -> None:
     reasons: dict[str, str | None] = {}  # of each group: why it gives no pair; None where it gives one
     counts: Counter[str] = Counter(pairs=0, ties=0, unlabelled=0, dangling=0)
     shared, schema = step.config.get("shares", False), schemas.SHARED_PAIRS if step.config.get("shares") else schemas.pairs([])
+    shard = -1
     for shard, table in enumerate(pairs.pairs(["group", "first", "second", "label", "gap"])):
         rows = []
         for row in table.to_pylist():
@@ -36,7 +37,7 @@ def run(session, step: Step, out: Output) -> None:
         raise UserError(f"{pairs.folder}: no pair in it has a winner ({counts['ties']:,} ties, {counts['unlabelled']:,} not labelled, "
                         f"{counts['dangling']:,} of pictures that are not there): label some")
     rejects = [{"group": group, "reason": reason} for group, reason in reasons.items() if reason]
-    out.write(len(out.shards("pairs")), pairs=schema.empty_table(), rejects=pa.Table.from_pylist(rejects, schemas.REJECTS))
+    out.write(shard + 1, pairs=schema.empty_table(), rejects=pa.Table.from_pylist(rejects, schemas.REJECTS))
     out.finish({**counts, "groups": len(reasons), "rejected": len(rejects), "mean_margin": None, "checks": found,
                 "set": str(pairs.folder)})
 

@@ -1,20 +1,22 @@
 """What goes in and out of a run: pair sets of other formats, and of a run's own pictures and pairs."""
 
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
 from fashiondpo_pipeline import checks, formats, pairsets, seeds
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.formats import meaning
+from fashiondpo_pipeline.identity import fingerprint
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import TRAIN, Prompts, read
 from fashiondpo_pipeline.registry import did_you_mean
-from fashiondpo_pipeline.workspace import Output, Step, write_json
+from fashiondpo_pipeline.workspace import Output, Step, write_sealed
 from stages import VERSIONS, Session
 from stages.naming import written
-from stages.single import last, most_rounds, saved_pairs
+from stages.single import last, made_of, most_rounds, saved_pairs
 
 
 def from_run(session: Session, number: int | None, folder: Path, pairs: str | None = None) -> PairSet:
@@ -54,10 +56,18 @@ def bring_in(name: str, path: Path | str, folder: Path | None, say: Callable[[st
     path: here, or hf://OWNER/NAME@COMMIT. columns: OURS=THEIRS with commas between. split: the part that is read, "all", or None for the
     training part. most: rows that are taken.
     """
-    folder = folder or Path("pairs") / Path(str(path).partition("@")[0] if str(path).startswith("hf:") else path).stem
-    pairs = formats.read(name, path, folder, columns_of(columns), split, most)
+    hub = str(path).startswith("hf:")
+    folder = folder or Path("pairs") / Path(str(path).partition("@")[0] if hub else path).stem
+    wanted = columns_of(columns)
+    how = [wanted, split, most]
+    if hub:  # a commit is always the same
+        stand: str | None = fingerprint([name, str(path), *how])
+    else:
+        stand = made_of(name, Path(path), how) if Path(path).exists() else None
+    same = _there(folder, lambda made: stand is not None and made.get("made_of") == stand, say)
+    pairs = same or formats.read(name, path, folder, wanted, split, most, stand)
     found = checks.check(pairs)
-    write_json(folder / "checks.json", found)
+    write_sealed(folder / "checks.json", found)
     say(pairsets.in_words(pairs))
     if pairs.manifest["dropped"]:
         say(f"everything left out, and why: {folder / 'dropped.jsonl'}")
@@ -94,6 +104,17 @@ def columns_of(text: str | None) -> dict[str, str]:
     return found
 
 
+def _there(folder: Path, same: Callable[[dict], bool], say: Callable[[str], None]) -> PairSet | None:
+    """The pair set in a folder, if it is what the command would make and as it was written: nothing is left to do then, and that is said."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    pairs = PairSet.open(folder)
+    if not same(pairs.manifest) or pairs.altered():
+        return None
+    say(f"{folder} is there already, and is what this makes: nothing to do")
+    return pairs
+
+
 def take_out(name: str, folder: Path, session: Callable[[], Session], number: int | None, pairs: str | None, source: Path | None,
              say: Callable[[str], None]) -> None:
     """`fdpo export-pairs`: a pair set, or one round's pairs, as other programs read them."""
@@ -103,11 +124,36 @@ def take_out(name: str, folder: Path, session: Callable[[], Session], number: in
     if source is not None:
         _write(name, PairSet.open(source), folder, say)
         return
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent if folder.absolute().parent.is_dir() else None) as place:
-        _write(name, from_run(session(), number, Path(place) / "set", pairs), folder, say)
+    with _aside(folder, "set") as place:
+        _write(name, from_run(session(), number, place, pairs), folder, say)
+
+
+@contextmanager
+def _aside(folder: Path, what: str) -> Iterator[Path]:
+    """A place for a hidden folder beside another, which is gone afterwards; what a killed process left in it goes first."""
+    place = folder.absolute().with_name(f".{folder.absolute().name}.{what}.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _as_written(name: str, pairs: PairSet, folder: Path) -> bool:
+    """Whether a folder is, byte for byte, what would be written."""
+    if not (folder / "lineage.json").is_file():
+        return False
+    with _aside(folder, "again") as place:
+        formats.write(name, pairs, place)
+        trees = [{path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()} for top in (place, folder)]
+    return trees[0] == trees[1]
 
 
 def _write(name: str, pairs: PairSet, folder: Path, say: Callable[[str], None]) -> None:
+    if _as_written(name, pairs, folder):
+        say(f"{folder} is there already, and is what this writes: nothing to do")
+        print(folder)
+        return
     written, lost = formats.write(name, pairs, folder)
     say(f"{', '.join(f'{count:,} {what}' for what, count in written.items())}")
     for reason, count in lost.items():
@@ -123,8 +169,6 @@ def generate_sets(session: Session, prompts: Path, size: int, folder: Path) -> P
     They are drawn into the run, a shard at a time, so the same command goes on where it was stopped; seeds depend on the run's seed, the
     prompt's key and the picture's number alone.
     """
-    if (folder / "manifest.json").exists():
-        raise UserError(f"{folder} is there already: name another folder, or take it away")
     found = Prompts([row for split in read(prompts, 0.0).values() for row in split.rows])
     session.prompts = {TRAIN: found}
     s, g = session.config.sample, session.config.generator
@@ -136,6 +180,11 @@ def generate_sets(session: Session, prompts: Path, size: int, folder: Path) -> P
               "guidance_interval": s.guidance_interval, "guidance_rescale": s.guidance_rescale, "negative": s.negative, "height": s.height,
               "width": s.width, "tile": s.tile, **generator}
     step = Step("sample", "sets", 0, VERSIONS["sample"], config, {"encode": encode}, files, {"split": TRAIN})
+    if made := _there(folder, lambda made: (made.get("lineage") or {}).get("sample") == step.claim, session.say):
+        print(folder)
+        return made
+    if (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is there already: name another folder, or take it away")
     with session.lock():
         session.execute([encode, step])
     drawn = session.output(step)

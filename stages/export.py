@@ -35,7 +35,7 @@ def run(
     if step is None:
         raise UserError("round 0 is the base: it has no LoRA to export")
     step = negative_of(session, number, pairs) if negative else step
-    manifest, adapter = session.output(step).manifest, session.run.root / step.folder / "adapter"
+    manifest, adapter = session.output(step).manifest, session.output(step).published("adapter")
     style = session.config.generator.lora
     if merge and not style:
         raise UserError("--merge: the run started from the bare model (generator.lora is null): export without --merge")

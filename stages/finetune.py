@@ -64,7 +64,7 @@ def run(session, step: Step, out: Output) -> None:
                             step.config["seed"], "finetune", step.round))
     progress = Progress(knobs.beta, torch.zeros(knobs.epochs, store.columns, 5, dtype=torch.float64))
     checkpoint = out.work / "checkpoint.pt"
-    progress.resume(checkpoint, weights, optimiser, scaler, reference, generator.device)
+    progress.resume(checkpoint, weights, optimiser, scaler, reference, generator.device, session.say)
     started, micro_batch = time.monotonic(), knobs.micro_batch
 
     start = Start(numerics(generator, knobs.precision)) if reference.is_policy and not progress.rows else None

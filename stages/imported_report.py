@@ -9,7 +9,7 @@ from fashiondpo_pipeline.grid import Grid
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.report import Record, thumbnail
-from fashiondpo_pipeline.workspace import Output, replace_text
+from fashiondpo_pipeline.workspace import Output, write_page
 from stages import Round, Session
 from stages.encode import sampled_of
 from stages.report import grid_of, thumbnails
@@ -30,7 +30,7 @@ def write(session: Session, r: Round) -> Path:
         cards=_cards(pairs, record.last.pairs, session.config.report.pairs), **_looks(session, r, record, evaluated),
     )
     path = session.run.root / f"imported-{r.finetune.fingerprint}.html"
-    replace_text(path, text)
+    write_page(path, text)
     return path
 
 

@@ -24,7 +24,7 @@ from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.timesteps import in_window, saved_steps
-from fashiondpo_pipeline.workspace import MANY, WHOLE, Step, packed_size, read_json, write_json
+from fashiondpo_pipeline.workspace import MANY, WHOLE, Step, packed_size, read_json, write_sealed
 from stages import Chain, Session
 from stages.naming import command_for
 
@@ -447,7 +447,7 @@ def show_plan(session: Session, rounds: int, probe: bool = False) -> None:
         [*_beginning(line), "" if line.seconds is None else f"{line.seconds:,.1f}", size(line.peak) if line.peak else ""] for line in plan.lines
     ])
     session.say(f"{_total(plan)}; {duration(plan.seconds)} by the probe, for one process on this machine")
-    write_json(session.run.root / FILE, {
+    write_sealed(session.run.root / FILE, {
         "memory": memories, "rounds": len(chain.rounds) - 1,
         "steps": {line.step.folder: {name: getattr(line, name) for name in ("rows", "bytes", "seconds", "peak")} for line in plan.to_do},
     })

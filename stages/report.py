@@ -12,7 +12,7 @@ from fashiondpo_pipeline.config import template
 from fashiondpo_pipeline.grid import Grid
 from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.report import Missing, Pictures, Record, Round, thumbnail
-from fashiondpo_pipeline.workspace import Output, Step, replace_text, write_json
+from fashiondpo_pipeline.workspace import Output, Step, write_json, write_page
 from stages import STAGES, Chain, Session
 from stages.naming import command_for
 
@@ -23,10 +23,11 @@ def write(session: Session, chain: Chain) -> Path:
     Equal results give the same bytes of numbers.json; seconds and versions are in the page only.
     """
     record = read(session, chain)
-    write_json(session.run.root / "numbers.json", {f"round {r.number}": r.numbers for r in record.rounds})
+    numbers = session.run.root / "numbers.json"
+    write_json(numbers, {f"round {r.number}": r.numbers for r in record.rounds})
     page = session.run.root / "report.html"
     parts = _pictures(session, chain, record)
-    replace_text(page, report.render(record=record, report=report, made=_made(session, chain), **parts))
+    write_page(page, report.render(record=record, report=report, made=_made(session, chain), **parts), numbers)
     return page
 
 

@@ -1,7 +1,7 @@
 """One stage of one round, and which round is meant when none is named."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fashiondpo_pipeline import diagnosis, pairsets
@@ -12,7 +12,7 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import HELD_OUT
 from fashiondpo_pipeline.terminal import size
 from fashiondpo_pipeline.terms import check_fits_pictures
-from fashiondpo_pipeline.workspace import Step, read_json
+from fashiondpo_pipeline.workspace import Step, read_sealed
 from stages import STAGES, Chain, Round, Session, trained
 from stages.naming import command_for
 from stages.plan import line_of
@@ -27,15 +27,15 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
         if stage == "finetune" and not chain.rounds[number].imported:
             session.check_objectives()
         session.check_model()
-    with session.lock():
-        if stage == "report":
-            for step in chain.steps:
-                session.output(step)
-            from stages import report  # here, for the same reason as in rounds
+    if stage == "report":  # it reads, and writes whole or not at all: a run that goes on is not in its way
+        for step in chain.steps:
+            session.output(step)
+        from stages import report  # here, for the same reason as in rounds
 
-            if session.first:
-                session.say(f"report   {report.write(session, chain)}")
-            return
+        if session.first:
+            session.say(f"report   {report.write(session, chain)}")
+        return
+    with session.lock():
         own = {step.folder for step in steps}
         for step in steps:
             for role, wanted in step.inputs.items():
@@ -177,9 +177,7 @@ def _imported(session: Session, pairs: str) -> PairSet:
         raise UserError(f"--pairs: there is no {path}, nor does an id look like that: name a pair set, files to import, or the id of "
                         "what `fdpo rescore` saved or `fdpo finetune --pairs` trained")
     name = guess.guess(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    stand = [[file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    folder = session.run.root / "imported" / f"{path.stem}-{fingerprint([name, str(path.resolve()), stand])}"
+    folder = session.run.root / "imported" / f"{path.stem}-{made_of(name, path)}"
     if (folder / "manifest.json").is_file():
         return PairSet.open(folder)
     check_fits_pictures(session.config.finetune)  # before the import, which may take hours
@@ -190,6 +188,13 @@ def _imported(session: Session, pairs: str) -> PairSet:
     return found
 
 
+def made_of(name: str, path: Path, how: Sequence = ()) -> str:
+    """What tells whether files of other programs are those that were read before: where they are, their sizes and times, and how."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stand = [[file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return fingerprint([name, str(path.resolve()), stand, *how])
+
+
 def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
     """The pair section that a saved pair set was made with."""
     folder = session.run.root / f"round-{number:02d}" / f"pair-{fingerprint}"
@@ -197,7 +202,7 @@ def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
         there = ", ".join(sorted(p.name.removeprefix("pair-") for p in folder.parent.glob("pair-*"))) or "none"
         raise UserError(f"round {number} has no pairs {fingerprint}; there are: {there}")
     session.settle()
-    config = read_json(folder / "manifest.json")["claim"]["config"]
+    config = read_sealed(folder / "manifest.json")["claim"]["config"]
     section = Pair.model_validate({key: value for key, value in config.items() if key in Pair.model_fields})
     for name in section.weights:
         if name not in session.config.experts:

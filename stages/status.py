@@ -1,51 +1,102 @@
 """`fdpo status`: what is done, what is stale and why, what is damaged, and how big it all is."""
 
 import os
-import shutil
-from collections.abc import Collection
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import HELD_OUT
+from fashiondpo_pipeline.remembered import hash_within
 from fashiondpo_pipeline.terminal import show, size
-from fashiondpo_pipeline.workspace import Output, Step, read_json
+from fashiondpo_pipeline.workspace import Step, read_json, read_sealed
 from stages import Chain, Session, trained
+from stages import verify as check
 from stages.single import most_rounds
-
-TOLD = 2  # differences that are told of what is stale
-LETTERS = 24  # of each value
 
 
 def run(session: Session, verify: bool, repair: bool) -> None:
     root = session.run.root
     if not root.is_dir():
         raise UserError(f"there is no run at {root}: `{session.command('round')}` makes it, --name names another")
+    wrong = None
+    if verify:
+        try:
+            check.run(session, repair)
+        except UserError as problem:
+            wrong = problem
+    try:
+        chain, states = _table(session)
+    except UserError as problem:  # what is damaged may be what the table is made from
+        raise wrong or problem from None
+    if wrong:
+        raise wrong
+    if not verify:
+        _next(session, chain, states)
+
+
+TOLD = 2  # differences that are told of what is stale
+LETTERS = 24  # of each value
+SHOWN = 20  # rounds that are listed step by step, the last ones; of those before, a round in one state throughout is folded into a line
+
+
+def _table(session: Session) -> tuple[Chain, list[str]]:
+    """Show it; the chain, and each of its steps' state."""
+    root, there = session.run.root, There(session.run.root)
     chain = session.chain(max(most_rounds(session), session.config.rounds))
     current = {step.folder for step in chain.steps}
-    others = [path for path in root.glob("round-*/*-*") if f"{path.parent.name}/{path.name}" not in current]
-    imported = _imported(others)
-    rows = [[f"round {step.round}", step.name, *_row(session, step, imported)] for step in chain.steps]
-    rows += [[f"round {int(path.parent.name.removeprefix('round-'))}", path.name, *_found(path, words)] for path, words in imported.items()]
-    others = [path for path in others if path not in imported]
+    others = [root / folder for folder in there.folders if folder not in current]
+    of_imported = imported(others)
+    there.leave_out(f"{path.parent.name}/{path.name}" for path in of_imported)  # they are no older state of a step
+    found: list[str] = []
+    rows: list[list[str]] = []
+    alike: list[tuple[int, str, list[Step]]] = []
+    for r in chain.rounds:
+        steps = chain.of(r.number)
+        of_round = [_state(root, step, there) for step in steps]
+        found += of_round
+        states = set(of_round)
+        if len(states) == 1 and 0 < r.number <= len(chain.rounds) - SHOWN:
+            alike.append((r.number, states.pop(), steps))
+            continue
+        rows += _folded(root, alike) + [[f"round {step.round}", step.name, *_row(session, step, there)] for step in steps]
+        alike = []
+    rows += _folded(root, alike)
+    rows += [[f"round {int(path.parent.name.removeprefix('round-'))}", path.name, *_found(root, path, words)] for path, words in of_imported.items()]
+    others = [path for path in others if path not in of_imported]
     show(f"{root}", ["", "step", "state", "", "size", "seconds"], rows, right=False)
     if others:
-        total = sum(map(_bytes, others))
-        session.say(f"{len(others)} results of other settings, {size(total)}; the same settings find them again")
-    if repair:
-        with session.run.lock():
-            _verify(session, repair)
-    elif verify:
-        _verify(session, repair)
-    else:
-        _next(session, chain, [row[2] for row in rows[: len(chain.steps)]])
+        total = sum(map(bytes_of, others))
+        session.say(f"{len(others)} results of other settings, {size(total)}; the same settings find them again, "
+                    f"`{session.command('clean')}` says which nothing needs")
+    return chain, found
+
+
+class There:
+    """round-NN/STEP of every step's folder there is, in order, and by the name before its fingerprint."""
+
+    def __init__(self, root: Path):
+        self.folders = _folders(root)
+        self.alike: dict[str, list[str]] = {}
+        for folder in self.folders:
+            self.alike.setdefault(folder[:-9], []).append(folder)
+
+    def leave_out(self, folders: Iterable[str]) -> None:
+        """Folders that are no other state of any step."""
+        for folder in folders:
+            self.alike[folder[:-9]].remove(folder)
+
+
+def _folders(root: Path) -> dict[str, None]:
+    rounds = sorted(entry.name for entry in os.scandir(root) if entry.name.startswith("round-") and entry.is_dir())
+    return dict.fromkeys(f"{name}/{step}" for name in rounds for step in sorted(os.listdir(root / name)) if "-" in step)
 
 
 def _next(session: Session, chain: Chain, states: list[str]) -> None:
     """Say what goes on from here: the last training on imported pairs where there is nothing else, the round begun, or pictures."""
     begun = any(state in ("done", "begun", "stale") for step, state in zip(chain.steps, states, strict=True) if step.round)
-    latest = next(iter(trained.trainings(session.run)), None)
-    if latest and not begun:
+    latest = None if begun else next(iter(trained.trainings(session.run)), None)
+    if latest:
         session.say(f"next: {session.command('evaluate', '--pairs', latest.id)}")
     elif set(states) == {"done"}:
         session.say(f"next: {session.command('generate', session.prompts[HELD_OUT].rows[0]['prompt'], '--round', session.kept(chain))}")
@@ -53,38 +104,86 @@ def _next(session: Session, chain: Chain, states: list[str]) -> None:
         session.say(f"next: {session.command('round')}")
 
 
-def _row(session: Session, step: Step, imported: Collection[Path]) -> tuple[str, str, str, str]:
-    """State, why or how far, size, seconds. What was made of imported pairs is no older state of a step."""
-    folder = session.run.root / step.folder
-    if session.run.done(step):
+def _state(root: Path, step: Step, there: There) -> str:
+    if step.folder in there.folders:
+        return "done" if os.path.isfile(f"{root}/{step.folder}/manifest.json") else "begun"
+    return "stale" if _others(step, there) else "missing"
+
+
+def _others(step: Step, there: There) -> list[str]:
+    """Folders of the same step under other settings."""
+    return there.alike.get(step.folder[:-9], [])
+
+
+def _folded(root: Path, alike: list[tuple[int, str, list[Step]]]) -> list[list[str]]:
+    """A line for each stretch of rounds in one state."""
+    found = []
+    for state, stretch in groupby(alike, key=lambda one: one[1]):
+        parts = list(stretch)
+        steps = [step for _, _, of_round in parts for step in of_round]
+        first, last = parts[0][0], parts[-1][0]
+        label = f"round {first}" if first == last else f"rounds {first}-{last}"
+        known = [_size(root, step.folder) for step in steps] if state == "done" else []
+        sizes = [size(sum(one[0] for one in known)), f"{sum(one[1] for one in known):.1f}"] if known else ["", ""]
+        found.append([label, f"all {len(steps):,} steps", state, "", *sizes])
+    return found
+
+
+def _row(session: Session, step: Step, there: There) -> tuple[str, str, str, str]:
+    """State, why or how far, size, seconds."""
+    root = session.run.root
+    folder, state = root / step.folder, _state(root, step, there)
+    if state == "done":
         grown = f"more has come in since: `{session.command('score', '--round', step.round)}` counts it" if step.args.get("grown") else ""
-        return _found(folder, grown)
-    if folder.is_dir():
-        return "begun", _progress(step, folder), size(_bytes(folder)), ""
-    others = [path for path in folder.parent.glob(f"{step.name}-????????") if path not in imported and (path / "claim.json").is_file()]
+        return _found(root, folder, grown)
+    if state == "begun":
+        return "begun", _progress(step, folder), size(bytes_of(folder)), ""
+    others = [root / path for path in _others(step, there) if (root / path / "claim.json").is_file()]
     if others:
         newest = max(others, key=lambda path: path.stat().st_mtime)
-        return "stale", why(read_json(newest / "claim.json"), step.claim), "", ""
+        return "stale", _why(newest, step.claim), "", ""
     return "missing", "", "", ""
 
 
-def _found(folder: Path, words: str) -> tuple[str, str, str, str]:
+def _why(folder: Path, claim: dict) -> str:
+    try:
+        return why(read_json(folder / "claim.json"), claim)
+    except (UserError, KeyError, TypeError, AttributeError):
+        return f"{folder.name}/claim.json is damaged: `fdpo status --verify` names what"
+
+
+def _found(root: Path, folder: Path, words: str) -> tuple[str, str, str, str]:
     """The same of a folder that is there."""
     if not (folder / "manifest.json").is_file():
-        return "begun", words, size(_bytes(folder)), ""
-    manifest = read_json(folder / "manifest.json")
-    return "done", words, size(sum(file["bytes"] for file in manifest["files"].values())), f"{manifest['seconds']:.1f}"
+        return "begun", words, size(bytes_of(folder)), ""
+    try:
+        held, seconds = _size(root, folder.relative_to(root).as_posix())
+    except UserError:
+        return "damaged", "`fdpo status --verify` names what", size(bytes_of(folder)), ""
+    return "done", words, size(held), f"{seconds:.1f}"
 
 
-def _imported(others: list[Path]) -> dict[Path, str]:
+def _size(root: Path, folder: str) -> tuple[int, float]:
+    """(bytes, seconds) of a done step, by its manifest, which is opened when it has changed."""
+    return hash_within(root, f"{folder}/manifest.json", _in_manifest)
+
+
+def _in_manifest(path: Path) -> list:
+    manifest = read_sealed(path)
+    return [sum(file["bytes"] for file in manifest["files"].values()), manifest["seconds"]]
+
+
+def imported(others: list[Path]) -> dict[Path, str]:
     """Of the folders that are in no chain, those of rounds on imported pairs -> the pair set: what took it in, and all that was made of that."""
+    if not any(path.name.startswith("encode-pairs-") for path in others):
+        return {}  # opening every claim takes seconds where they are thousands
     claims = {path.name[-8:]: (path, read_json(path / "claim.json")) for path in others if (path / "claim.json").is_file()}
     sets = {key: claim["files"]["pairs"] for key, (_, claim) in claims.items() if "pairs" in claim["files"]}  # fingerprint -> the set's identity
     while more := {key: sets[min(sets.keys() & claim["inputs"].values())] for key, (_, claim) in claims.items()
                    if key not in sets and sets.keys() & claim["inputs"].values()}:
         sets |= more
     adopted = [claims[key][0] for key in sets if claims[key][1]["stage"] == "adopt" and (claims[key][0] / "manifest.json").is_file()]
-    names = {sets[path.name[-8:]]: read_json(path / "manifest.json")["numbers"].get("set") for path in adopted}
+    names = {sets[path.name[-8:]]: read_sealed(path / "manifest.json")["numbers"].get("set") for path in adopted}
     found = {claims[key][0]: f"imported pairs{': ' + name if (name := names.get(identity)) else ''}" for key, identity in sets.items()}
     return dict(sorted(found.items(), key=lambda one: (one[0].parent.name, one[1], (one[0] / "claim.json").stat().st_mtime_ns)))
 
@@ -121,54 +220,14 @@ def _short(value: object) -> str:
     return text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."
 
 
-def _verify(session: Session, repair: bool) -> None:
-    """Re-hash every file of the run, those of other settings and of steps not yet done too."""
-    damaged = 0
-    for folder in sorted(session.run.root.glob("round-*/*-*")):
-        out = Output(folder, {}, {})
-        for complaint, where in out.verify():
-            damaged += 1
-            session.say(complaint)
-            if not repair:
-                continue
-            if where is None:
-                shutil.rmtree(folder)
-                break
-            out.drop(where if isinstance(where, int) else None)
-    sets = [complaint for name in ("imported", "labels") for folder in sorted(session.run.root.glob(f"{name}/*/manifest.json"))
-            for complaint in _altered(folder.parent)]
-    for complaint in sets:
-        session.say(complaint)
-    files = "1 damaged file" if damaged == 1 else f"{damaged} damaged files"
-    if not damaged and not sets:
-        session.say("every file is as it was written")
-    if damaged and repair:
-        session.say(f"{files} dropped: `{session.command('round')}` makes what is missing again")
-    told = [
-        f"{files}: `{session.command('status', '--repair')}` drops what is damaged, `{session.command('round')}` then makes it again"
-    ] if damaged and not repair else []
-    if sets:
-        told.append("damaged pair sets: take them away, then import them, or save what people said, again")
-    if told:
-        raise UserError("\n".join(told))
-
-
-def _altered(folder: Path) -> list[str]:
-    """What is wrong with a pair set."""
-    try:
-        return PairSet.open(folder).altered()
-    except UserError as problem:
-        return [str(problem)]
-
-
-def _bytes(folder: Path) -> int:
+def bytes_of(folder: Path) -> int:
     """What a folder holds, folders within it too."""
     with os.scandir(folder) as entries:
-        return sum(map(_bytes_of, entries))
+        return sum(map(_entry, entries))
 
 
-def _bytes_of(entry: os.DirEntry) -> int:
+def _entry(entry: os.DirEntry) -> int:
     try:
-        return _bytes(Path(entry)) if entry.is_dir(follow_symlinks=False) else entry.stat(follow_symlinks=False).st_size
+        return bytes_of(Path(entry)) if entry.is_dir(follow_symlinks=False) else entry.stat(follow_symlinks=False).st_size
     except FileNotFoundError:  # a draft that a process at work has just renamed
         return 0

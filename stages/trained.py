@@ -6,7 +6,7 @@ from typing import Any
 
 from fashiondpo_pipeline.config import Config, validate
 from fashiondpo_pipeline.pairsets import PairSet
-from fashiondpo_pipeline.workspace import Run, Step, read_json
+from fashiondpo_pipeline.workspace import Run, Step, read_sealed
 from stages import Session
 
 TAKEN = ("seed", "generator", "sample", "finetune", "by_round")  # sections that say how something was trained
@@ -35,7 +35,7 @@ def note(session: Session, step: Step) -> dict[str, Any]:
 def trainings(run: Run) -> list[Training]:
     """Every finished training on imported pairs, the latest first."""
     found = sorted(run.root.glob("round-*/finetune-????????/manifest.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    made = [(path.parent, read_json(path)) for path in found]
+    made = [(path.parent, read_sealed(path)) for path in found]
     return [Training(folder.name[-8:], int(folder.parent.name.removeprefix("round-")), Path(manifest["pairs"]),
                      manifest["identity"], manifest["settings"])
             for folder, manifest in made if "settings" in manifest]

@@ -53,6 +53,7 @@ class Candidates:
             groups[suffix] = self._drawn(groups[suffix], len(groups[""]), len(rounds) - 1, knobs.replay, suffix, step.round)
 
         self.store = Store(generator, sampled, guidance_of(sampled), knobs, signals_of(terms, knobs.signal), self.seed, out.work)
+        self.store.say = session.say
         self.store.room(sum(len(members.numbers) for found in groups.values() for members in found.values()))
         generator.encodings = session.encodings(step.inputs["encode"], [*prompts.values(), sampled["negative"], ""])
         self.groups: list[Group] = []

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds
 from fashiondpo_pipeline.report import Missing, Record
-from fashiondpo_pipeline.workspace import Step
+from fashiondpo_pipeline.workspace import Step, write_sealed
 from stages import Session
 from stages.evaluate import measure
 from stages.report import _made, _pictures, read, write
@@ -52,8 +52,7 @@ def finished(root: Path, seconds: float = 1.0, rounds: int = 2, judge: str | Non
         out = session.run.output(step)
         out.open()
         MAKERS.get(step.stage, import_module(f"stages.{step.stage}").run)(session, step, out)
-        manifest = json.loads((out.folder / "manifest.json").read_text())
-        (out.folder / "manifest.json").write_text(json.dumps(manifest | {"seconds": seconds}))
+        write_sealed(out.folder / "manifest.json", out.manifest | {"seconds": seconds})
     return session
 
 

@@ -188,8 +188,8 @@ def test_a_damaged_manifest_is_named_with_the_way_out(finished):
     manifest.write_text("{")
     told = refused("round")
     assert told.startswith(f"{manifest.relative_to(finished)} is damaged (")
-    assert told.endswith("): delete it and run the same command again")
-    manifest.unlink()
+    assert told.endswith("); `fdpo status --verify --repair` names and re-makes it")
+    works("status", "--verify", "--repair")
     works("round")
 
 

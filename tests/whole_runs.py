@@ -1,5 +1,6 @@
 """Whole runs on tiny models: a working folder to run in, `fdpo` in this process, and `fdpo` in a process that can be killed."""
 
+import builtins
 import contextlib
 import io
 import json
@@ -92,11 +93,11 @@ _FORKS.set_forkserver_preload([
 class Process:
     """`fdpo ...` as a real process in `folder`, which can be killed. It stops itself after writing a file like `pause`."""
 
-    def __init__(self, folder: Path, *args: str, pause: str | None = None):
+    def __init__(self, folder: Path, *args: str, pause: str | None = None, kill_at: int | None = None):
         self._told = Path(tempfile.mkdtemp(prefix="told"))
         for name in ("out", "err"):
             (self._told / name).touch()
-        self._process = _FORKS.Process(target=_enter, args=(folder, self._told, args, pause), daemon=True)
+        self._process = _FORKS.Process(target=_enter, args=(folder, self._told, args, pause, kill_at), daemon=True)
         self._process.start()
         self.pid = self._process.pid
 
@@ -115,6 +116,11 @@ class Process:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    @property
+    def writes(self) -> int:
+        """How often the disk was changed, where that is counted."""
+        return int((self._told / "writes").read_text())
+
     def wait_paused(self) -> None:
         """Return once it has stopped itself."""
         wait_for(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
@@ -125,15 +131,43 @@ class Process:
         return Told(self._process.exitcode, *((self._told / name).read_text() for name in ("out", "err")))
 
 
-def _enter(folder: Path, told: Path, args: tuple[str, ...], pause: str | None) -> None:
+def _enter(folder: Path, told: Path, args: tuple[str, ...], pause: str | None, kill_at: int | None = None) -> None:
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(told / name, os.O_WRONLY), number)
     if pause:
         _stop_after(pause)
+    if kill_at is not None:
+        _die_at(kill_at, told / "writes")
     sys.argv = ["fdpo", *args]
     cli.main()
+
+
+def _die_at(number: int, count: Path) -> None:
+    """Die, as by SIGKILL, just before the number-th time that the disk is changed below the working folder; 0: only count them."""
+    done, here, tally = [0], os.getcwd(), os.open(count, os.O_CREAT | os.O_WRONLY)
+
+    def counted(call, concerns):
+        def changing(*args, **kwargs):
+            if concerns(*args, **kwargs):
+                done[0] += 1
+                os.pwrite(tally, b"%d" % done[0], 0)
+                if done[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+        return changing
+
+    def ours(path, *_, **__) -> bool:
+        return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(here)
+
+    def written(path, mode="r", *_, **__) -> bool:
+        return ours(path) and any(letter in mode for letter in "wax+")
+
+    for name in ("replace", "rename", "mkdir", "rmdir", "unlink", "truncate"):
+        setattr(os, name, counted(getattr(os, name), ours))
+    os.fsync = counted(os.fsync, lambda _: True)
+    io.open = builtins.open = counted(io.open, written)
 
 
 def _stop_after(pattern: str) -> None:

@@ -187,12 +187,12 @@ class Format:
 
 
 def read(name: str, path: Path | str, folder: Path, columns: Mapping[str, str] | None = None, split: str | None = None,
-         most: int | None = None) -> PairSet:
+         most: int | None = None, made_of: str | None = None) -> PairSet:
     """The pair set in `folder` made of other programs' files at `path`, or of a data set at hf://OWNER/NAME@COMMIT.
 
     Every file and row that is met is imported or stands in its dropped.jsonl. columns: our name of a column -> the files'. split: which part
-    of several, "all", or None for the training part. most: rows that are taken, after which nothing more is looked at.
-    Raises UserError if nothing can be used.
+    of several, "all", or None for the training part. most: rows that are taken, after which nothing more is looked at. made_of: what tells
+    whether the same files would be read again; kept in the manifest. Raises UserError if nothing can be used.
     """
     from fashiondpo_pipeline.formats import trees  # here, as it needs what is above
 
@@ -229,7 +229,7 @@ def read(name: str, path: Path | str, folder: Path, columns: Mapping[str, str] |
                **({} if most is None else {"most": most})}
     return target.writer.finish({"source": f"{name}: {path}", "lineage": lineage, "placed": kind.placed and target.placed,
                                  "dropped": dict(losses.reasons), "fields": dict(fields), "unread": reading.unread, "splits": dict(reading.splits),
-                                 **({"most": most} if taken == most else {})})
+                                 **({"most": most} if taken == most else {}), "made_of": made_of})
 
 
 def notes(pairs: PairSet) -> list[str]:

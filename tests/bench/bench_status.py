@@ -1,7 +1,8 @@
-"""Whole commands that only read, on a run of 1,000,000 candidates in 10,000 shards: seconds with Python's start, and peak memory.
+"""Whole commands that only read, on a run of 1,000,000 candidates in 10,000 shards, and the status of a run of 2,000 rounds: seconds with
+Python's start, and peak memory. The first time hashes what is read; what was hashed is remembered for the others.
 
     python tests/bench/bench_status.py              # target: at most 1 s each on two cores
-    python tests/bench/bench_status.py --keep DIR   # leaves the run in DIR, or takes the one that is there
+    python tests/bench/bench_status.py --keep DIR   # leaves the runs in DIR, or takes those that are there
 """
 
 import argparse
@@ -26,6 +27,7 @@ from stages import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 K, SHARDS, GROUPS = 8, 10_000, 125_000
+ROUNDS = 2_000
 EXPERTS = ("first", "second")
 # The generator is the embedded one, whose files are hashed; its pictures are left empty, as nothing here shows one.
 CONFIG = """
@@ -65,6 +67,17 @@ def large_run(folder: Path) -> None:
             _write(out, shard, table["group"][part], table["prompt"][part], step.stage, rng)
         out.finish()
     session.execute([r.pair])
+
+
+def long_run(folder: Path) -> None:
+    """A finished run of many rounds, whose steps are empty."""
+    os.fsync = lambda _: None
+    (folder / "long.yaml").write_text("name: long\n")
+    session = Session(load(folder / "long.yaml"), folder / "runs" / "long", say=lambda text: None)
+    for step in session.chain(ROUNDS).steps:
+        out = session.run.output(step)
+        out.open()
+        out.finish()
 
 
 def _write(out: Output, shard: int, groups: pa.ChunkedArray, prompts: pa.ChunkedArray, stage: str, rng: np.random.Generator) -> None:
@@ -114,9 +127,11 @@ def main() -> None:
             started = time.monotonic()
             with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a child's peak memory begins at its parent's
                 other.submit(large_run, folder).result()
+                other.submit(long_run, folder).result()
             print(f"{GROUPS * K:,} candidates in {SHARDS:,} shards, {len(EXPERTS)} experts: written in {time.monotonic() - started:.0f} s")
         calls = {"(imports alone)": ["-c", "import pyarrow.compute, pyarrow.parquet, pydantic, rich.table, typer, yaml"]}
         calls |= {command: ["-m", "fashiondpo_pipeline", *command.split()] for command in COMMANDS}
+        calls[f"status of {ROUNDS:,} rounds"] = ["-m", "fashiondpo_pipeline", "status", "-c", "long.yaml"]
         print(f"{'fdpo':50} {'first s':>8} {'median s':>9} {'of imports':>11} {'CPU s':>6} {'peak MB':>8}   what it said last")
         bare = 0.0
         for name, call in calls.items():

@@ -27,6 +27,35 @@ OFFLINE = ("a diffusers folder, a single-file checkpoint, or a hub id that can b
            "a network, copy the folder here and name it; or copy the hub's cache and set HF_HOME)")
 
 
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LORA_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # as peft and diffusers name them in a folder
+
+
+def lora_files(path: Path) -> tuple[Path, Path | None]:
+    """(the .safetensors file, peft's configuration or None) of a LoRA: a file, or a folder as peft or diffusers writes it.
+
+    Raises UserError where there is none, or only a pickle.
+    """
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in LORA_FILES if (path / name).is_file()), path)
+        if file == path:
+            raise UserError(f"there is no LoRA in the folder {path} ({' or '.join(LORA_FILES)}): name a .safetensors file")
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} is no .safetensors file: others may hold a pickle, which can run code when read; convert it first")
+    if not file.is_file():
+        raise UserError(f"there is no LoRA at {file}: name a .safetensors file that exists")
+    config = file.with_name(PEFT_CONFIG)
+    return file, config if file.name == PEFT_FILE and config.is_file() else None
+
+
+def lora_identity(path: Path) -> str:
+    """A hash of a LoRA, with what says beside it how strong it is."""
+    file, config = lora_files(path) if path.exists() else (path, None)
+    found = hash_path(file, "generator.lora")
+    return f"{found}+{hash_path(config, 'generator.lora')}" if config else found
+
+
 def open_source(model: str, revision: str | None = None, variant: str | None = None, config: str | None = None) -> "Source":
     """The source of a model by its name in the configuration."""
     where = locate(model)

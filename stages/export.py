@@ -9,6 +9,7 @@ from fashiondpo_pipeline import adapters, lora_formats
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.lora_formats import Lora
+from fashiondpo_pipeline.lora_layers import LowRank
 from fashiondpo_pipeline.registry import did_you_mean
 from fashiondpo_pipeline.workspace import replace_bytes, write_json
 from stages import Session
@@ -89,19 +90,19 @@ def _merged(session: Session, adapter: Path, family: str) -> dict[str, Tensor]:
     g = session.config.generator
     file = locate(g.lora or "")
     style = lora_formats.read(file, family)
-    layers = {name: layer for name, layer in style.layers.items() if name.startswith(adapters.PARTS)}
-    if any(layer.magnitude is not None for layer in layers.values()):
-        raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; export without --merge and fuse it first")
+    denoisers = Lora({name: layer for name, layer in style.layers.items() if name.startswith(adapters.PARTS)}, style.strays, {})
+    lora_formats.check_plain(file, denoisers)
     with tempfile.TemporaryDirectory() as place:
-        lora_formats.write(_tensors(Lora(layers, []), g.lora_scale), Path(place) / file.name)
-        return lora_formats.merged(Path(place) / file.name, adapter, family)
+        lora_formats.write(_tensors(denoisers, g.lora_scale), Path(place) / "style.safetensors")
+        return lora_formats.merged(Path(place) / "style.safetensors", adapter, family)
 
 
 def _tensors(lora: Lora, scale: float = 1.0) -> dict[str, Tensor]:
     """In diffusers' format, the strength multiplied into B: alpha is then the rank."""
     found = {}
     for name, layer in lora.layers.items():
-        found |= {f"{name}.lora_A.weight": layer.down.contiguous(), f"{name}.lora_B.weight": (layer.up * scale).contiguous()}
+        assert isinstance(layer.change, LowRank)  # what a round trains
+        found |= {f"{name}.lora_A.weight": layer.change.down.contiguous(), f"{name}.lora_B.weight": (layer.change.up * scale).contiguous()}
         if layer.magnitude is not None:
             found[f"{name}.lora_magnitude_vector"] = layer.magnitude.flatten()
     return found

@@ -32,7 +32,8 @@ _ENDS = [(re.compile(end + "$"), what) for end, what in (
     (r"(?<=_lora|lora1|lora2|layer)\.up\.weight", "up"),
     (r"\.lora_mid\.weight", "mid"),
     (rf"\.lora_B{_DEFAULT}\.bias", "up_bias"),
-    (rf"\.(?:lora_magnitude_vector{_DEFAULT}(?:\.weight)?|dora_scale)", "magnitude"),
+    (rf"\.lora_magnitude_vector{_DEFAULT}(?:\.weight)?", "magnitude"),  # one a row, in any shape
+    (r"\.dora_scale", "dora_scale"),  # (out, 1...), or (1, in, 1...)
     (r"\.alpha", "alpha"),
     (rf"\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2){_DEFAULT}", ""),
     (r"\.(?:diff|w_norm)", "diff"),
@@ -115,16 +116,18 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _layers(stem: str, own: dict[str, Tensor], family: str, settings: Settings) -> dict[str, Layer] | None:
     """The layers that the tensors of one name make, by module; None where they make none."""
-    extra = {name: own.pop(name) for name in ("alpha", "magnitude", "diff_b", "up_bias") if name in own}
+    extra = {name: own.pop(name) for name in ("alpha", "magnitude", "dora_scale", "diff_b", "up_bias") if name in own}
     try:
         whole = lora_layers.change_of(own, None)
         rows, columns = whole.size if whole else (len(extra.get("diff_b", ())), 0)
         found = places(stem, family, rows, columns)
         scale = _scale(found[0], lora_layers.rank_of(own), extra.get("alpha"), settings)
         change = lora_layers.change_of(own, scale)
-    except (RuntimeError, IndexError, KeyError):  # matrices that do not go together
+        if change is not None:
+            change.matrix(torch.device("meta"), 1.0)
+    except (RuntimeError, IndexError, ValueError):  # matrices that do not go together
         return None
-    bias, magnitude = extra.get("diff_b"), extra.get("magnitude")
+    bias, magnitude = extra.get("diff_b"), extra["magnitude"].flatten()[:, None] if "magnitude" in extra else extra.get("dora_scale")
     if own and change is None or magnitude is not None and change is None or not own and bias is None:
         return None
     if "up_bias" in extra:

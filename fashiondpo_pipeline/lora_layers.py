@@ -152,8 +152,6 @@ class Layer:
             return self.bias is not None
         if weight is None or self.change_size != (len(weight), weight[0].numel()):
             return False
-        if isinstance(self.change, LowRank) and len(self.change.down) != self.change.up[0].numel():
-            return False
         return self.magnitude is None or self.magnitude.shape in ((len(weight), 1), (1, weight.shape[1]))
 
     @property

@@ -127,8 +127,9 @@ def _layers(stem: str, own: dict[str, Tensor], family: str, settings: Settings) 
             change.matrix(torch.device("meta"), 1.0)
     except (RuntimeError, IndexError, ValueError):  # matrices that do not go together
         return None
-    bias, magnitude = extra.get("diff_b"), extra["magnitude"].flatten()[:, None] if "magnitude" in extra else extra.get("dora_scale")
-    if own and change is None or magnitude is not None and change is None or not own and bias is None:
+    bias = extra.get("diff_b")
+    magnitude = extra["magnitude"].flatten()[:, None] if "magnitude" in extra else extra.get("dora_scale")
+    if change is None and (own or magnitude is not None or bias is None):
         return None
     if "up_bias" in extra:
         if bias is not None or not isinstance(change, LowRank):

@@ -39,15 +39,18 @@ class Place:
 
 
 # Names of modules that hold an underscore of their own: kohya writes every dot as one too.
-_WORDS = (
-    "down_blocks mid_block up_blocks transformer_blocks time_embedding add_embedding linear_1 linear_2 conv_in conv_out conv_norm_out proj_in "
-    "proj_out to_q to_k to_v to_out time_emb_proj conv_shortcut input_blocks middle_block output_blocks time_embed label_emb in_layers "
-    "out_layers emb_layers skip_connection single_transformer_blocks to_add_out add_q_proj add_k_proj add_v_proj ff_context norm1_context "
-    "norm_q norm_k norm_added_q norm_added_k proj_mlp x_embedder context_embedder time_text_embed timestep_embedder guidance_embedder "
-    "text_embedder norm_out pos_embed text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm layer_norm "
-    "token_embedding position_embedding text_projection wi_0 wi_1"
-).split()
-_WORD = re.compile(rf"(?:^|(?<=_))({'|'.join(sorted(_WORDS, key=len, reverse=True))})(?=_|$)")
+_WORD = re.compile(
+    r"(?:^|(?<=_))("
+    r"down_blocks|mid_block|up_blocks|transformer_blocks|time_embedding|add_embedding|linear_1|linear_2"
+    r"|conv_in|conv_out|conv_norm_out|proj_in|proj_out|to_q|to_k|to_v|to_out|time_emb_proj|conv_shortcut"
+    r"|input_blocks|middle_block|output_blocks|time_embed|label_emb|in_layers|out_layers|emb_layers"
+    r"|skip_connection|single_transformer_blocks|to_add_out|add_q_proj|add_k_proj|add_v_proj|ff_context"
+    r"|norm1_context|norm_q|norm_k|norm_added_q|norm_added_k|proj_mlp|x_embedder|context_embedder"
+    r"|time_text_embed|timestep_embedder|guidance_embedder|text_embedder|norm_out|pos_embed|text_model"
+    r"|self_attn|q_proj|k_proj|v_proj|out_proj|layer_norm1|layer_norm2|final_layer_norm|layer_norm"
+    r"|token_embedding|position_embedding|text_projection|wi_0|wi_1"
+    r")(?=_|$)"
+)
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "lora_unet_", "lora_transformer_",
              "lycoris_")
 _TEXTS = {

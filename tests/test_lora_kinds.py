@@ -293,7 +293,8 @@ def test_fluxs_own_names_go_where_diffusers_converter_puts_them():
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), stem
 
 
-@pytest.mark.parametrize("stem", ["double_blocks.0.processor.qkv_lora1", "double_blocks.0.processor.proj_lora2", "single_blocks.0.processor.qkv_lora"])
+@pytest.mark.parametrize("stem", ["double_blocks.0.processor.qkv_lora1", "double_blocks.0.processor.proj_lora2",
+                                  "single_blocks.0.processor.qkv_lora"])
 def test_xlabs_names_go_where_diffusers_converter_puts_them(stem):
     from diffusers import FluxPipeline
 
@@ -376,8 +377,8 @@ def test_what_is_no_product_of_two_matrices_is_not_merged(tmp_path, ends):
 
 def test_a_locon_with_a_middle_is_merged_exactly(unet, tmp_path):
     stem = kohya(CONV)
-    tensors = {f"{stem}.lora_down.weight": random(2, 8, 1, 1), f"{stem}.lora_mid.weight": random(2, 2, 3, 3), f"{stem}.lora_up.weight": random(8, 2, 1, 1),
-               f"{stem}.alpha": torch.tensor(1.0)}
+    tensors = {f"{stem}.lora_down.weight": random(2, 8, 1, 1), f"{stem}.lora_mid.weight": random(2, 2, 3, 3),
+               f"{stem}.lora_up.weight": random(8, 2, 1, 1), f"{stem}.alpha": torch.tensor(1.0)}
     file = saved(tmp_path, tensors)
     lora_formats.write(lora_formats.merged(file, file, "sd"), tmp_path / "both.safetensors")
     wanted = 2 * 0.5 * torch.einsum("mnkl,im,nj->ijkl", *(tensors[f"{stem}.lora_{part}.weight"].reshape(shape) for part, shape in

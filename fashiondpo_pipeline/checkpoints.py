@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fashiondpo_pipeline.embedded import PREFIX, locate
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.identity import hash_path
 from fashiondpo_pipeline.registry import FAMILIES, did_you_mean
 
@@ -175,6 +175,7 @@ class Folder(Source):
         try:
             found = kind.from_pretrained(self._place, subfolder=name, **self._where_options, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+            check_pulled(Path(self._place) / name)
             raise self._refuse(problem) from problem
         if not network:
             return found
@@ -321,9 +322,11 @@ class SingleFile(Folder):
                     return
             torch.load(self.file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(self.file))
         except pickle.UnpicklingError as problem:
+            check_pulled(self.file)
             raise UserError(f"generator.model: {self.file} holds something other than weights, and reading such a pickle can run code: "
                             "use a .safetensors of the same model") from problem
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
+            check_pulled(self.file)
             raise UserError(f"generator.model: {self.file} is cut off or damaged ({_gist(problem)}); get it anew") from problem
 
 
@@ -350,6 +353,7 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"generator.model: {path} is missing; the model is not whole, get it anew") from None
     except ValueError as problem:
+        check_pulled(path)
         raise UserError(f"generator.model: {path} is damaged ({problem}); get the model anew") from problem
     if not isinstance(found, dict):
         raise UserError(f"generator.model: {path} is damaged (no JSON object); get the model anew")

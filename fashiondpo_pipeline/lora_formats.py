@@ -16,6 +16,7 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.lora_layers import Layer, LowRank
 from fashiondpo_pipeline.lora_names import TEXT, UNETS, Place, places, to_sgm
 from fashiondpo_pipeline.lora_settings import Settings, open_lora
+from fashiondpo_pipeline.workspace import save_file as replace
 
 FAMILIES: dict[str, Any] = {
     "sd": StableDiffusionPipeline,  # 1.x and 2.x
@@ -227,16 +228,15 @@ def merged(first: Path, second: Path, family: str) -> dict[str, Tensor]:
     return tensors
 
 
-def check_plain(file: Path, lora: Lora) -> None:
+def check_plain(file: Path, lora: Lora, remedy: str = "fuse it into the model instead") -> None:
     """Raises UserError for what a LoRA of two matrices a module cannot hold exactly."""
     _check_known(file, lora)
     if any(layer.magnitude is not None for layer in lora.layers.values()):
-        raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; fuse it into the model instead")
+        raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; {remedy}")
     other = next((layer for layer in lora.layers.values() if not isinstance(layer.change, LowRank) or layer.bias is not None), None)
     if other is not None:
         kind = other.kind if other.bias is None else "change of biases"
-        raise UserError(f"{file} holds a {kind}, which two matrices of a LoRA cannot hold exactly: it cannot be merged; fuse it into the model "
-                        "instead")
+        raise UserError(f"{file} holds a {kind}, which two matrices of a LoRA cannot hold exactly: it cannot be merged; {remedy}")
 
 
 def _low_rank(layer: Layer) -> LowRank:
@@ -278,4 +278,4 @@ def to_kohya(tensors: dict[str, Tensor], family: str, alpha: float, rslora: bool
 def write(tensors: dict[str, Tensor], file: Path) -> None:
     """Tensors as a .safetensors file with torch's usual mark; the same tensors make the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt"})
+    replace(file, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))

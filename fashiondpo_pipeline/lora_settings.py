@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fashiondpo_pipeline.checkpoints import lora_files
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.lora_layers import strength
 
 KINDS = ("LORA", "LOHA", "LOKR")  # peft's, that are read
@@ -72,6 +72,7 @@ def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             notes = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 - safe_open is no dict
     except SafetensorError as problem:
+        check_pulled(file)
         raise _damaged(file, problem) from problem
     if not tensors:
         raise UserError(f"{file} holds no tensors; name another file")

@@ -7,8 +7,8 @@ changed less than two seconds ago is asked again, as a second change could bear 
 import contextlib
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ def _write(file: Path, known: dict[str, Any]) -> None:
         del known[key]
     with contextlib.suppress(OSError):  # a home that cannot be written to costs time, no result
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        draft = file.with_name(f"{uuid.uuid4().hex}.tmp")  # not tempfile's, which is for its owner alone
         try:
-            with open(handle, "w", encoding="utf-8") as out:
+            with draft.open("x", encoding="utf-8") as out:
                 json.dump(known, out)
             os.replace(draft, file)
         except BaseException:
-            os.unlink(draft)
+            draft.unlink(missing_ok=True)
             raise

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.identity import canonical, fingerprint, hash_file
 
 # Tensor columns do not compress (fp16 noise): storing them plain is faster both ways.
@@ -361,6 +361,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as problem:
+        check_pulled(path)
         raise UserError(f"{path} cannot be read ({problem}); `fdpo status --verify --repair` names and re-makes it") from problem
 
 
@@ -381,6 +382,7 @@ def _put(path: Path, write: Any) -> None:
     draft = path.with_name(path.name + ".tmp")
     try:
         write(draft)
+        as_umask_asks(draft)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -389,6 +391,17 @@ def _put(path: Path, write: Any) -> None:
         if isinstance(problem, OSError):
             problem.filename = problem.filename or str(path)  # a write names no file, and which disk is full matters
         raise
+
+
+def as_umask_asks(path: Path) -> None:
+    """Give a file, or every one below a folder, the mode that the umask asks for: libraries make some for their owner alone."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        fresh = file.with_name(file.name + ".mode.tmp")
+        fresh.touch()  # asking the process for its umask would change it for a moment, in every thread
+        mode = fresh.stat().st_mode & 0o777
+        fresh.unlink()
+        if file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
 
 
 class _NoPandas:

@@ -29,6 +29,7 @@ def run(
         raise UserError("round 0 is the base: it has no LoRA to export")
     step = negative_of(session, number, pairs) if negative else step
     manifest, adapter = session.output(step).manifest, session.run.root / step.folder / "adapter"
+    adapters.check_file(adapter)
     style = session.config.generator.lora
     if merge and not style:
         raise UserError("--merge: the run started from the bare model (generator.lora is null): export without --merge")
@@ -91,7 +92,7 @@ def _merged(session: Session, adapter: Path, family: str) -> dict[str, Tensor]:
     file = locate(g.lora or "")
     style = lora_formats.read(file, family)
     denoisers = Lora({name: layer for name, layer in style.layers.items() if name.startswith(adapters.PARTS)}, style.strays, {})
-    lora_formats.check_plain(file, denoisers)
+    lora_formats.check_plain(file, denoisers, "export without --merge and fuse it first")
     with tempfile.TemporaryDirectory() as place:
         lora_formats.write(_tensors(denoisers, g.lora_scale), Path(place) / "style.safetensors")
         return lora_formats.merged(Path(place) / "style.safetensors", adapter, family)

@@ -1,5 +1,6 @@
 """Pictures and lines of files that nobody vouches for: paths stay in their folder, sizes are bounded, a broken line costs itself only."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fashiondpo_pipeline import codecs
+from fashiondpo_pipeline.errors import PULL, is_pointer
 from fashiondpo_pipeline.formats import Losses, Picture, Refused
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
 
@@ -151,6 +153,10 @@ def parquet_rows(files: list[Path], columns: list[str]) -> Iterator[tuple[str, C
                         number += 1
                         yield f"{path.name}, row {number}", partial(_row, batch, row)
         except (OSError, pa.ArrowException) as problem:
+            with contextlib.suppress(OSError), path.open("rb") as opened:
+                if is_pointer(opened.read(100)):
+                    yield path.name, partial(_refuse, "a git LFS pointer stands where the Parquet file should be", PULL)
+                    continue
             lost = f"{total - number:,} of its {total:,} rows" if total else "all its rows"
             yield path.name, partial(_refuse, "the Parquet file is broken", f"{lost}: {str(problem)[:200]}")
 

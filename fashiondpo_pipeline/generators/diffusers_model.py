@@ -60,6 +60,10 @@ class DiffusersModel:
         self.encodings: dict[str, Parts] = {}  # prompt -> its parts, each without a batch dimension
         diffusers_logging.disable_progress_bar()  # loading a folder takes a second; our own bars say what takes long
         transformers_logging.disable_progress_bar()
+        if options.lora:  # read again where it is fused, but told now what is wrong with it
+            from fashiondpo_pipeline.lora_settings import open_lora
+
+            open_lora(Path(options.lora))
         self.scheduler = source.scheduler()
         self._check_prediction(options.prediction)
 

@@ -14,7 +14,7 @@ from fashiondpo_pipeline import adapters
 from fashiondpo_pipeline.identity import hash_file
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
-FEW = ("--set", "prompts.most_train=2", "--set", "prompts.most_held_out=1", "--set", "sample.candidates=2", "--set", "sample.steps=2",
+FEW = ("--set", "prompts.most_train=2", "--set", "prompts.most_held_out=1", "--set", "sample.candidates=2", "--set", "sample.steps=4",
        "--set", "evaluate.pictures=1", "--set", "pair.margin=0.0", "--set", "finetune.epochs=1", "--set", "rounds=1")
 
 
@@ -64,12 +64,20 @@ def test_a_lora_to_start_from_is_refused_before_anything_is_made(place):
     assert not list(place.glob("runs/t/*/*/parts/*"))
 
 
-def test_a_training_that_ends_in_such_numbers_keeps_nothing(place):
-    """One step of a length beyond fp32: the gradient was sound, and what it leads to is not."""
-    asked = (*FEW, "--set", "finetune.learning_rate=1e39", "--set", "finetune.groups=99", "--set", "finetune.timesteps=99")
+def test_a_training_that_ends_in_such_numbers_keeps_nothing(place, monkeypatch):
+    """In the last step, after which no loss would show it: the gradient was sound, and the weight that it led to is not."""
+    step = torch.optim.AdamW.step
+
+    def overflowing(self, *arguments, **options):
+        found = step(self, *arguments, **options)
+        self.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    asked = (*FEW, "--set", "finetune.groups=99", "--set", "finetune.timesteps=99")  # one step in all
     told = fdpo("round", *asked)
     assert told.code == 1
-    assert "of the trained tensors hold numbers that are NaN or infinite (such as " in told.err
+    assert "1 of the trained tensors hold numbers that are NaN or infinite (such as " in told.err
     assert "lower finetune.learning_rate or finetune.beta" in told.err
     assert not list(place.glob("runs/t/round-01/finetune-*/adapter*"))
     assert not list(place.glob("runs/t/round-01/finetune-*/manifest.json"))

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
+from fashiondpo_pipeline.lora_settings import check_finite
+from fashiondpo_pipeline.workspace import as_umask_asks
 
 Denoiser = Any  # a diffusers model, whose adapter methods come from a mixin that type checkers do not see
 POLICY = "policy"
@@ -145,6 +147,7 @@ def save(denoiser: Denoiser, folder: Path, pipeline_class: Any) -> None:
     folder = Path(folder)
     if _base(denoiser) is not None:
         denoiser.save_pretrained(folder, safe_serialization=True, max_shard_size="100TB")
+        as_umask_asks(folder)
         return
     part = next(part for part in PARTS if part in pipeline_class._lora_loadable_modules)
     config = denoiser.peft_config[POLICY]
@@ -153,6 +156,7 @@ def save(denoiser: Denoiser, folder: Path, pipeline_class: Any) -> None:
     layers = {f"{part}_lora_layers": get_peft_model_state_dict(denoiser, adapter_name=POLICY)}
     pipeline_class.save_lora_weights(folder, **layers, **{f"{part}_lora_adapter_metadata": notes})
     order_header(folder / FILE)
+    as_umask_asks(folder)
 
 
 def load(denoiser: Denoiser, folder: Path, targets: list[str] | None = None) -> None:
@@ -192,9 +196,25 @@ def _load_full(denoiser: Denoiser, file: Path) -> None:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        found = load_file(file)
     except SafetensorError as problem:
+        check_pulled(file)
         raise UserError(f"{file} cannot be read ({problem}): run its round again, or name another folder") from problem
+    check_finite(file, found, "run its round again, or name another folder")
+    return found
+
+
+def check_file(folder: Path) -> None:
+    """Raises UserError if what was saved in `folder` cannot be read, or holds a number that is NaN or infinite."""
+    _read(next(file for file in (Path(folder) / FILE, Path(folder) / FULL_FILE) if file.is_file()))
+
+
+def check_trained(denoiser: Denoiser, where: str) -> None:
+    """Raises UserError if a number of what is trained is NaN or infinite; `where` says in which training."""
+    broken = [name for name, weight in parameters(denoiser).items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise UserError(f"{where}: {len(broken)} of the trained tensors hold numbers that are NaN or infinite (such as {broken[0]}), so nothing "
+                        "was kept of it: lower finetune.learning_rate or finetune.beta, or set finetune.precision to bf16 or no")
 
 
 def _other_denoiser(file: Path, tensors: int, places: int) -> UserError:

@@ -150,7 +150,7 @@ class Notebook:
             self._lock.acquire()
         except Timeout:
             raise UserError(f"{self.path} is in use by another studio: take another name, or close that one") from None
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         _sync_folder(folder)
         found = lines.check(self.path, understand)
         if found.broken:

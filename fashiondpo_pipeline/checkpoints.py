@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fashiondpo_pipeline import hub
 from fashiondpo_pipeline.embedded import PREFIX, locate
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.identity import hash_path
 from fashiondpo_pipeline.registry import FAMILIES, did_you_mean
 
@@ -34,6 +34,35 @@ OFFLINE = ("a diffusers folder, a single-file checkpoint, or a hub id that can b
 
 class Unreachable(UserError):
     """A hub that does not answer, and a model that is not in its cache."""
+
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LORA_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")  # as peft and diffusers name them in a folder
+
+
+def lora_files(path: Path) -> tuple[Path, Path | None]:
+    """(the .safetensors file, peft's configuration or None) of a LoRA: a file, or a folder as peft or diffusers writes it.
+
+    Raises UserError where there is none, or only a pickle.
+    """
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in LORA_FILES if (path / name).is_file()), path)
+        if file == path:
+            raise UserError(f"there is no LoRA in the folder {path} ({' or '.join(LORA_FILES)}): name a .safetensors file")
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} is no .safetensors file: others may hold a pickle, which can run code when read; convert it first")
+    if not file.is_file():
+        raise UserError(f"there is no LoRA at {file}: name a .safetensors file that exists")
+    config = file.with_name(PEFT_CONFIG)
+    return file, config if file.name == PEFT_FILE and config.is_file() else None
+
+
+def lora_identity(path: Path) -> str:
+    """A hash of a LoRA, with what says beside it how strong it is."""
+    file, config = lora_files(path) if path.exists() else (path, None)
+    found = hash_path(file, "generator.lora")
+    return f"{found}+{hash_path(config, 'generator.lora')}" if config else found
 
 
 def open_source(model: str, revision: str | None = None, variant: str | None = None, config: str | None = None) -> "Source":
@@ -184,6 +213,7 @@ class Folder(Source):
         try:
             found = kind.from_pretrained(self._place, subfolder=name, **self._where_options, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+            check_pulled(Path(self._place) / name)
             raise self._refuse(problem) from problem
         if not network:
             return found
@@ -376,9 +406,11 @@ class SingleFile(Folder):
                     return dict.fromkeys(opened.keys()), opened.metadata() or {}
             found = torch.load(self.file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(self.file))
         except pickle.UnpicklingError as problem:
+            check_pulled(self.file)
             raise UserError(f"generator.model: {self.file} holds something other than weights, and reading such a pickle can run code: "
                             "use a .safetensors of the same model") from problem
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
+            check_pulled(self.file)
             raise UserError(f"generator.model: {self.file} is cut off or damaged ({_gist(problem)}); get it anew") from problem
         tensors = found.get("state_dict", found) if isinstance(found, dict) else {}
         return tensors if isinstance(tensors, dict) else {}, {}
@@ -413,6 +445,7 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"generator.model: {path} is missing; the model is not whole, get it anew") from None
     except ValueError as problem:
+        check_pulled(path)
         raise UserError(f"generator.model: {path} is damaged ({problem}); get the model anew") from problem
     if not isinstance(found, dict):
         raise UserError(f"generator.model: {path} is damaged (no JSON object); get the model anew")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import PULL, UserError, is_pointer
 
 MOST_PIXELS = 64_000_000  # a decompression bomb is refused before it is decoded
 KINDS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}  # what is read; Pillow knows more, some of it by way of other programs
@@ -34,7 +34,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def decode_picture(data: bytes | None, where: str) -> Image.Image:
-    """The RGB picture in `data` (PNG, JPEG, WebP), upright as its Exif says; transparency is laid on white. `where` names it in an error."""
+    """The RGB picture in `data` (PNG, JPEG, WebP), as a browser shows it: upright as its Exif says, on white where it is transparent.
+
+    Of an animation it is the first picture. 16 bits a colour become 8. Every part of the package that looks at pixels does it through here.
+    `where` names the picture in an error.
+    """
     if not data:
         raise BadPicture(where, "there is no picture")
     try:
@@ -45,14 +49,38 @@ def decode_picture(data: bytes | None, where: str) -> Image.Image:
             raise BadPicture(where, "its pixels are too many", f"{picture.width}x{picture.height}, at most {MOST_PIXELS:,}", "shrink it")
         picture.load()
     except (*_BROKEN, Image.DecompressionBombError) as problem:
+        if is_pointer(data):
+            raise BadPicture(where, "a git LFS pointer stands where the picture should be", remedy=PULL) from problem
         # Pillow names the buffer by its address, and what a table says must not change from run to run
         detail = "it is none" if isinstance(problem, UnidentifiedImageError) else problem
         raise BadPicture(where, "the picture cannot be read", detail) from problem
-    picture = _upright(picture)
-    if picture.mode in ("RGBA", "LA", "P"):
+    depth = data[24] if picture.format == "PNG" else 8  # bits a colour, in its first chunk
+    return _opaque(_upright(picture), depth)
+
+
+def _opaque(picture: Image.Image, depth: int) -> Image.Image:
+    """In RGB, on white where it is transparent: by an alpha channel, a palette, or the one colour that a PNG says is to be seen through."""
+    key = picture.info.get("transparency")
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow alone would cut off at 255
+        values = np.asarray(picture).astype(np.uint32)
+        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        if isinstance(key, int):
+            grey[values == key] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "P"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        return picture.convert("RGB")
+    # not Pillow's own convert("RGBA"), which takes the colour for one of 8 bits whatever it was written in
+    if isinstance(key, int) and picture.mode in ("1", "L"):
+        colour: Any = key * 255 // (2**depth - 1)
+    elif isinstance(key, tuple) and picture.mode == "RGB":
+        colour = [value >> (depth - 8) for value in key]  # of 16 bits Pillow keeps the upper 8
+    else:
+        return picture.convert("RGB")
+    pixels = np.array(picture.convert("RGB"))
+    pixels[(pixels == np.array(colour)).all(-1)] = 255
+    return Image.fromarray(pixels)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

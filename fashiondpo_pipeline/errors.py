@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -50,3 +51,21 @@ def no_such_place(problem: BaseException) -> bool:
     """Whether a named file or folder cannot be one: a name too long, links in a circle, a file where a folder should be or the reverse."""
     return isinstance(problem, OSError) and problem.filename is not None and problem.errno in (
         errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+PULL = "run `git lfs pull` in the folder that it was cloned into"
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is a pointer that git LFS left in the place of the file itself."""
+    return start.startswith(POINTER)
+
+
+def check_pulled(path: Path) -> None:
+    """Raises UserError if a file that cannot be read is a git LFS pointer, or a folder holds some."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = [file for file in files if file.is_file() and file.stat().st_size < 1024 and is_pointer(file.read_bytes())]
+    if found:
+        more = f" (as {len(found) - 1} more beside it are)" if len(found) > 1 else ""
+        raise UserError(f"{found[0]} is a git LFS pointer{more}, not the file itself: {PULL}")

@@ -1,23 +1,22 @@
 """LoRA files of other programs: read one, fuse it into a denoiser, merge two, write ours as kohya and ComfyUI read it."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from diffusers.utils.state_dict_utils import StateDictType
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fashiondpo_pipeline import lora_layers
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.lora_layers import Layer, LowRank
+from fashiondpo_pipeline.lora_names import TEXT, UNETS, Place, places, to_sgm
+from fashiondpo_pipeline.lora_settings import Settings, open_lora
+from fashiondpo_pipeline.workspace import save_file as replace
 
 FAMILIES: dict[str, Any] = {
     "sd": StableDiffusionPipeline,  # 1.x and 2.x
@@ -25,40 +24,42 @@ FAMILIES: dict[str, Any] = {
     "sd3": StableDiffusion3Pipeline,  # 3.0 and 3.5
     "flux": FluxPipeline,
 }
-_TEXT = "text_encoder"
-_SGM = SimpleNamespace(layers_per_block=2)  # all that diffusers asks of a UNet's config to renumber Stability's block names
+# How a tensor's name ends, and what it then is; before it stands the name of the module.
+_DEFAULT = r"(?:\.default)?"  # peft's name of an adapter, where the state of a whole model was saved
+_ENDS = [(re.compile(end + "$"), what) for end, what in (
+    (rf"\.(?:lora_down|lora_A{_DEFAULT}|lora\.down)\.weight", "down"),
+    (rf"\.(?:lora_up|lora_B{_DEFAULT}|lora\.up)\.weight", "up"),
+    (r"(?<=_lora|lora1|lora2|layer)\.down\.weight", "down"),  # of attention processors
+    (r"(?<=_lora|lora1|lora2|layer)\.up\.weight", "up"),
+    (r"\.lora_mid\.weight", "mid"),
+    (rf"\.lora_B{_DEFAULT}\.bias", "up_bias"),
+    (rf"\.lora_magnitude_vector{_DEFAULT}(?:\.weight)?", "magnitude"),  # one a row, in any shape
+    (r"\.dora_scale", "dora_scale"),  # (out, 1...), or (1, in, 1...)
+    (r"\.alpha", "alpha"),
+    (rf"\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2){_DEFAULT}", ""),
+    (r"\.(?:diff|w_norm)", "diff"),
+    (r"\.(?:diff_b|b_norm)", "diff_b"),
+)]
+_OTHERS = {  # what else travels as a LoRA, by what stands in its names
+    "oft_": "OFT", "boft_": "BOFT", "on_input": "(IA)^3", "ia3_l": "(IA)^3", ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA",
+    ".b2.weight": "GLoRA", ".bm.weight": "GLoRA", "vera_lambda": "VeRA", "hra_u": "HRA", "lora_embedding": "a LoRA of an embedding",
+    "reshape_weight": "weights of another shape", "set_weight": "whole weights", "rescale": "OFT", "lllite": "ControlNet-LLLite",
+    "hypernet": "a hypernetwork", "ip_adapter": "an IP-Adapter",
+}
 _HALVES = {".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_magnitude_vector": "magnitude",
-           ".lora_magnitude_vector.weight": "magnitude", ".dora_scale": "magnitude"}
-_UPS = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a LoRA does to one weight W (out, in...): W + up @ down; with a magnitude (DoRA), each row then has that length."""
-
-    down: Tensor  # (r, in...)
-    up: Tensor  # (out, r...)
-    magnitude: Tensor | None = None  # (out, 1)
-
-    def fits(self, weight: Tensor) -> bool:
-        right = self.up.shape[0] == weight.shape[0] and self.down[0].numel() == weight[0].numel()
-        return right and len(self.down) == self.up[0].numel() and (self.magnitude is None or len(self.magnitude) == len(weight))
-
-    def fused(self, weight: Tensor, scale: float) -> Tensor:
-        """The weight with the LoRA in it, computed in fp32 where the weight lies."""
-        rows = weight.float().flatten(1)  # (out, in)
-        rows = rows + scale * self.up.to(weight.device).flatten(1) @ self.down.to(weight.device).flatten(1)
-        if self.magnitude is not None:
-            rows = rows * (self.magnitude.to(weight.device) / rows.norm(dim=1, keepdim=True))
-        return rows.view_as(weight).to(weight.dtype)
+           ".lora_magnitude_vector.weight": "magnitude", ".dora_scale": "magnitude"}  # as a round's adapter has them
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file: its layers by the module they change ("unet.mid_block...", "text_encoder..."), and names that are no layer."""
+    """A LoRA file: its layers by the module they change ("unet.mid_block...", "text_encoder..."), and tensors that are none, by name.
+
+    counts: how many of the file's tensors a layer is made of.
+    """
 
     layers: dict[str, Layer]
     strays: list[str]
+    counts: dict[str, int]
 
 
 def family_of(denoiser: Any) -> str:
@@ -73,132 +74,84 @@ def family_of(denoiser: Any) -> str:
 
 
 def read(file: Path, family: str) -> Lora:
-    """The LoRA in a .safetensors file, diffusers', peft's or kohya's, its scale (alpha, rank, rsLoRA) folded into `up`.
+    """The LoRA in a .safetensors file, or in peft's folder, its scale (alpha, rank, rsLoRA) in the layers.
 
-    Names are translated by diffusers' own loaders. Raises UserError if the file is a pickle, damaged or empty.
+    As diffusers, peft, kohya, LyCORIS, ComfyUI and XLabs name and write it. Every tensor is in a layer or a stray. Raises UserError if the
+    file is a pickle, damaged or empty, if a number in it is NaN or infinite, or a setting beside it changes what it means in another way.
     """
-    tensors, notes = _open(Path(file))
-    scales = {stem.removesuffix(".dora_scale"): tensor for stem, tensor in tensors.items() if stem.endswith(".dora_scale")}
-    tensors = _without_alphas({name: tensor for name, tensor in tensors.items() if not name.endswith(".dora_scale")})
-    named = _translated(file, tensors, family) | _translated_scales(file, scales, family)
+    tensors, settings = open_lora(Path(file))
     parts: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, list[str]] = {}
+    layers: dict[str, Layer] = {}
+    counts: dict[str, int] = {}
     strays = []
-    for name, tensor in named.items():
-        end = next((end for end in _HALVES if name.endswith(end)), None)
-        if end is None:
-            strays.append(name)
-        else:
-            parts.setdefault(name.removesuffix(end), {})[_HALVES[end]] = tensor
-    layers = {}
-    for module, halves in parts.items():
-        if "down" in halves and "up" in halves:
-            magnitude = halves.get("magnitude")
-            up = halves["up"] * _scale(module, len(halves["down"]), notes)
-            layers[module] = Layer(halves["down"], up, magnitude.reshape(len(magnitude), -1) if magnitude is not None else None)
-        else:
-            strays += [f"{module}.{half}" for half in halves]
-    return Lora(layers, strays)
-
-
-def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if file.suffix != ".safetensors":
-        raise UserError(f"{file} is no .safetensors file: others may hold a pickle, which can run code when read; convert it first")
-    if not file.is_file():
-        raise UserError(f"there is no LoRA at {file}: name a .safetensors file that exists")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            notes = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
-            tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 - safe_open is no dict
-        if not tensors:
-            raise UserError(f"{file} holds no tensors; name another file")
-        return tensors, json.loads(notes)
-    except (SafetensorError, json.JSONDecodeError) as problem:
-        raise UserError(f"{file} cannot be read ({problem}): it is cut off or damaged; fetch it again, or name another file") from problem
-
-
-def _without_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """kohya's `alpha` multiplied in as alpha / rank: diffusers keeps one alpha for all modules where it cannot tell them apart."""
-    folded = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".alpha")]:
-        up = next((up for end in _UPS if (up := name.removesuffix(".alpha") + end) in folded), None)
-        if up is not None:
-            folded[up] = folded[up] * (float(folded.pop(name)) / folded[up].shape[1])
-    return folded
-
-
-def _translated(file: Path, tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    options = {"unet_config": _SGM} if family in ("sd", "sdxl") else {}
-    try:
-        if family == "sd3":  # whose loader knows no kohya names; those of CLIP are SDXL's
-            text = {name: tensor for name, tensor in tensors.items() if name.startswith("lora_te")}
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in text}
-            tensors = _joint_names(tensors) | (FAMILIES["sdxl"].lora_state_dict(text)[0] if text else {})
-        found = FAMILIES[family].lora_state_dict(dict(tensors), **options)
-    except (ValueError, KeyError, AssertionError, IndexError) as problem:  # what diffusers' converters end in on unknown names or sizes
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0].strip().rstrip(":")
-        raise UserError(f"{file} holds no LoRA that diffusers can read for {family} ({reason}); name another file") from problem
-    named = found[0] if isinstance(found, tuple) else found
-    text = {name: tensor for name, tensor in named.items() if name.startswith(_TEXT)}
-    other = {name: tensor for name, tensor in named.items() if name not in text}
-    # names that are peft's already pass through both unchanged
-    return convert_unet_state_dict_to_peft(convert_state_dict_to_peft(text, StateDictType.DIFFUSERS_OLD) | other)
-
-
-def _translated_scales(file: Path, scales: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """DoRA's scales under diffusers' names. diffusers drops them, so they go through its loader in the place of a LoRA of rank 1."""
-    plain = {f"{stem}.dora_scale": scale for stem, scale in scales.items() if not stem.startswith("lora_")}
-    rows = {stem: scale.reshape(len(scale), -1) for stem, scale in scales.items() if stem.startswith("lora_")}
-    ups = {f"{stem}.lora_up.weight": scale for stem, scale in rows.items()}
-    downs = {f"{stem}.lora_down.weight": torch.zeros(1, 1) for stem in rows}
-    named = _translated(file, ups | downs, family) if rows else {}
-    ends = ".lora_B.weight"
-    return plain | {name.removesuffix(ends) + ".dora_scale": scale for name, scale in named.items() if name.endswith(ends)}
-
-
-_JOINT_LAYERS = {
-    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block_attn_proj": ("attn.to_out.0",),
-    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block_attn2_proj": ("attn2.to_out.0",),
-    "x_block_mlp_fc1": ("ff.net.0.proj",),
-    "x_block_mlp_fc2": ("ff.net.2",),
-    "x_block_adaLN_modulation_1": ("norm1.linear",),
-    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block_attn_proj": ("attn.to_add_out",),
-    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
-    "context_block_mlp_fc2": ("ff_context.net.2",),
-    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
-}
-
-
-def _joint_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """kohya's names of SD3's blocks (Stability's own modules) as diffusers': query, key and value come apart, others keep their rows."""
-    named = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(r"lora_unet_joint_blocks_(\d+)_(.+)\.lora_(down|up)\.weight", name)
-        if not found or found[2] not in _JOINT_LAYERS:
-            named[name] = tensor
+        stem, what = _split(name)
+        if what is None or what in parts.get(stem, {}):
+            found = places(name.partition(".")[0] if name.startswith("lora_") else name, family, 0, 0)[0]
+            if found.module.startswith(TEXT):
+                layers[found.module], counts[found.module] = Layer(), 1
+            else:
+                strays.append(name)
             continue
-        modules = [f"transformer.transformer_blocks.{found[1]}.{module}" for module in _JOINT_LAYERS[found[2]]]
-        if found[3] == "down":
-            named |= {f"{module}.lora_A.weight": tensor for module in modules}
+        parts.setdefault(stem, {})[what] = tensor
+        names.setdefault(stem, []).append(name)
+    for stem, own in parts.items():
+        made = _layers(stem, own, family, settings)
+        if made is None or any(module in layers for module in made):
+            strays += names[stem]
             continue
-        rows = list(tensor.chunk(len(modules)))
-        width = tensors[name.replace(".lora_up.", ".lora_down.")].shape[-1]
-        if "context_block_adaLN" in name and len(tensor) == 2 * width:  # the last block's: shift, scale; diffusers: scale, shift
-            rows = [torch.cat(tensor.chunk(2)[::-1])]
-        named |= {f"{module}.lora_B.weight": part for module, part in zip(modules, rows, strict=True)}
-    return named
+        layers |= made
+        counts |= {module: len(names[stem]) for module in made}
+    return Lora(layers, strays, counts)
 
 
-def _scale(module: str, rank: int, notes: dict[str, Any]) -> float:
-    """alpha / rank as peft's notes in a diffusers file say it, by module where they do; 1 without notes."""
-    part, _, name = module.partition(".")
-    if f"{part}.lora_alpha" not in notes:
-        return 1.0
-    patterns = notes.get(f"{part}.alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), notes[f"{part}.lora_alpha"])
-    return alpha / (math.sqrt(rank) if notes.get(f"{part}.use_rslora") else rank)
+def _split(name: str) -> tuple[str, str | None]:
+    """(module, what this is of it); (name, None) for a tensor of no kind that is read here."""
+    for pattern, what in _ENDS:
+        found = pattern.search(name)
+        if found:
+            return name[: found.start()], what or found[1]
+    return name, None
+
+
+def _layers(stem: str, own: dict[str, Tensor], family: str, settings: Settings) -> dict[str, Layer] | None:
+    """The layers that the tensors of one name make, by module; None where they make none."""
+    extra = {name: own.pop(name) for name in ("alpha", "magnitude", "dora_scale", "diff_b", "up_bias") if name in own}
+    try:
+        whole = lora_layers.change_of(own, None)
+        rows, columns = whole.size if whole else (len(extra.get("diff_b", ())), 0)
+        found = places(stem, family, rows, columns)
+        scale = _scale(found[0], lora_layers.rank_of(own), extra.get("alpha"), settings)
+        change = lora_layers.change_of(own, scale)
+        if change is not None:
+            change.matrix(torch.device("meta"), 1.0)
+    except (RuntimeError, IndexError, ValueError):  # matrices that do not go together
+        return None
+    bias = extra.get("diff_b")
+    magnitude = extra["magnitude"].flatten()[:, None] if "magnitude" in extra else extra.get("dora_scale")
+    if change is None and (own or magnitude is not None or bias is None):
+        return None
+    if "up_bias" in extra:
+        if bias is not None or not isinstance(change, LowRank):
+            return None
+        bias = extra["up_bias"] * scale
+    if magnitude is not None:
+        magnitude = magnitude.reshape(len(magnitude), -1)
+        if len(magnitude) == 1 and rows > 1 and (len(found) > 1 or found[0].swapped):
+            return None  # the length of inputs over all of the modules' rows
+    return {place.module: Layer(change and change.at(place), _own(place, magnitude), _own(place, bias)) for place in found}
+
+
+def _own(place: Place, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or len(tensor) == 1 else place.rows(tensor)
+
+
+def _scale(place: Place, rank: int | None, alpha: Tensor | None, settings: Settings) -> float:
+    """What a module's change is multiplied with: by its own alpha, else as the file's settings say, else 1."""
+    if alpha is not None:
+        return float(alpha) / rank if rank else 1.0
+    return settings.strength(place.part, place.module.partition(".")[2], rank)
 
 
 def fuse(denoiser: Any, file: Path, scale: float = 1.0) -> list[str]:
@@ -207,44 +160,62 @@ def fuse(denoiser: Any, file: Path, scale: float = 1.0) -> list[str]:
     Returns the modules of text encoders that the file would change too: they are left as they are. Raises UserError,
     with nothing changed, if a tensor for the denoiser fits nowhere.
     """
-    lora, modules = read(file, family_of(denoiser)), dict(denoiser.named_modules())
-    part = "unet." if "unet" in FAMILIES[family_of(denoiser)]._lora_loadable_modules else "transformer."
-    text = [name for name in lora.layers if name.startswith(_TEXT)]
-    layers = {name.removeprefix(part): layer for name, layer in lora.layers.items() if not name.startswith(_TEXT)}
-    fitting = {name for name, layer in layers.items() if _fits(modules.get(name), layer)}
-    sizes = {name: 2 if layer.magnitude is None else 3 for name, layer in layers.items()}
-    lost = len(lora.strays) + sum(size for name, size in sizes.items() if name not in fitting)
+    family, modules = family_of(denoiser), dict(denoiser.named_modules())
+    lora = read(file, family)
+    part = "unet." if family in UNETS else "transformer."
+    text = [name for name in lora.layers if name.startswith(TEXT)]
+    layers = {name.removeprefix(part): layer for name, layer in lora.layers.items() if not name.startswith(TEXT)}
+    _check_known(file, lora)
+    lost = [name for name, layer in layers.items() if not _fits(modules.get(name), layer)]
     if lost:
-        total = len(lora.strays) + sum(sizes.values())
+        sizes = {name.removeprefix(part): count for name, count in lora.counts.items() if not name.startswith(TEXT)}
         raise UserError(
-            f"{file} was made for another base: {lost} of its {total} tensors fit nowhere in this {type(denoiser).__name__}; "
-            f"use a LoRA made for this model"
+            f"{file} was made for another base: {sum(sizes[name] for name in lost)} of its {sum(sizes.values())} tensors fit nowhere in this "
+            f"{type(denoiser).__name__} (such as those of {lost[0]}); use a LoRA made for this model"
         )
     if not layers:
         raise UserError(f"{file} holds no LoRA for a denoiser, only for text encoders ({len(text)} of their modules); name another file")
     with torch.no_grad():
         for name, layer in layers.items():
-            modules[name].weight.copy_(layer.fused(modules[name].weight, scale))
+            _change(file, name, modules[name], layer, scale)
     return sorted(text)
 
 
+def _check_known(file: Path, lora: Lora) -> None:
+    """Raises UserError if there are tensors that are no change that is read here, with what they are."""
+    if not lora.strays:
+        return
+    kinds = dict.fromkeys(kind for name in lora.strays for mark, kind in _OTHERS.items() if mark in name)
+    what = f"holds {' and '.join(kinds)}, which is not read here" if kinds else "holds tensors that are no LoRA that is read here"
+    shown = ", ".join(lora.strays[:3]) + (", ..." if len(lora.strays) > 3 else "")
+    raise UserError(f"{file} {what} ({len(lora.strays)} of its tensors: {shown}); LoRA, LoCon, DoRA, LoHa, LoKr and full differences are: "
+                    "name a file of one of these kinds")
+
+
 def _fits(module: Any, layer: Layer) -> bool:
-    return isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and layer.fits(module.weight)
+    return layer.fits(getattr(module, "weight", None), getattr(module, "bias", None))
+
+
+def _change(file: Path, name: str, module: Any, layer: Layer, scale: float) -> None:
+    if layer.change is not None:
+        module.weight.copy_(layer.fused(module.weight, scale))
+    if layer.bias is not None:
+        module.bias.copy_(module.bias.float() + scale * layer.bias.to(module.bias.device))
+    if not all(torch.isfinite(tensor).all() for tensor in (module.weight, module.bias) if tensor is not None):
+        raise UserError(f"{file}: with it {name} is no longer finite in {str(module.weight.dtype).removeprefix('torch.')}: set "
+                        "generator.dtype to bfloat16 or float32, or lower generator.lora_scale")
 
 
 def merged(first: Path, second: Path, family: str) -> dict[str, Tensor]:
     """Two LoRA files as the tensors of one, exactly their sum: [up1 up2] [down1; down2], in diffusers' format.
 
     Every module gets the same rank, the largest sum there is, filled with zeros, so that alpha is the rank and needs no
-    note. Text encoders' layers come along. Raises UserError for a DoRA, which is no sum.
+    note. Text encoders' layers come along. Raises UserError for what is no product of two matrices.
     """
     loras = [read(file, family) for file in (first, second)]
     for file, lora in zip((first, second), loras, strict=True):
-        if lora.strays:
-            raise UserError(f"{file} has {len(lora.strays)} tensors that are no LoRA (such as {lora.strays[0]}): it cannot be merged exactly")
-        if any(layer.magnitude is not None for layer in lora.layers.values()):
-            raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; fuse it into the model instead")
-    stacks = {module: [lora.layers[module] for lora in loras if module in lora.layers] for lora in loras for module in lora.layers}
+        check_plain(file, lora)
+    stacks = {module: [_low_rank(lora.layers[module]) for lora in loras if module in lora.layers] for lora in loras for module in lora.layers}
     rank = max(sum(len(layer.down) for layer in stack) for stack in stacks.values())
     tensors = {}
     for module, stack in sorted(stacks.items()):
@@ -255,6 +226,22 @@ def merged(first: Path, second: Path, family: str) -> dict[str, Tensor]:
         tensors[f"{module}.lora_A.weight"] = torch.cat([down, down.new_zeros(rank - len(down), *down.shape[1:])])
         tensors[f"{module}.lora_B.weight"] = torch.cat([up, up.new_zeros(len(up), rank - up.shape[1], *up.shape[2:])], dim=1)
     return tensors
+
+
+def check_plain(file: Path, lora: Lora, remedy: str = "fuse it into the model instead") -> None:
+    """Raises UserError for what a LoRA of two matrices a module cannot hold exactly."""
+    _check_known(file, lora)
+    if any(layer.magnitude is not None for layer in lora.layers.values()):
+        raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; {remedy}")
+    other = next((layer for layer in lora.layers.values() if not isinstance(layer.change, LowRank) or layer.bias is not None), None)
+    if other is not None:
+        kind = other.kind if other.bias is None else "change of biases"
+        raise UserError(f"{file} holds a {kind}, which two matrices of a LoRA cannot hold exactly: it cannot be merged; {remedy}")
+
+
+def _low_rank(layer: Layer) -> LowRank:
+    assert isinstance(layer.change, LowRank)
+    return layer.change
 
 
 def to_kohya(tensors: dict[str, Tensor], family: str, alpha: float, rslora: bool = False) -> dict[str, Tensor]:
@@ -282,44 +269,13 @@ def to_kohya(tensors: dict[str, Tensor], family: str, alpha: float, rslora: bool
             tensor = tensor * (strength / rank) if half == "up" else tensor
             exported[f"{module}.dora_scale" if half == "magnitude" else name] = tensor.contiguous()
             continue
-        kohya = "lora_unet_" + (_sgm(module.removeprefix(part)) if family == "sdxl" else module.removeprefix(part)).replace(".", "_")
+        kohya = "lora_unet_" + (to_sgm(module.removeprefix(part)) if family == "sdxl" else module.removeprefix(part)).replace(".", "_")
         exported[kohya + {"down": ".lora_down.weight", "up": ".lora_up.weight", "magnitude": ".dora_scale"}[half]] = tensor.contiguous()
         exported[f"{kohya}.alpha"] = torch.tensor(float(strength))
     return exported
 
 
-_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-_SGM_NAMES = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def _sgm(module: str) -> str:
-    """The name that Stability's SDXL gives a module of diffusers' UNet (three inner blocks a level, numbered through).
-
-    >>> _sgm("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
-    'input_blocks.4.1.transformer_blocks.0.attn1.to_q'
-    """
-    found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
-    if not found:
-        if module not in _SGM_NAMES:
-            raise UserError(f"{module} has no name in SDXL's own numbering; leave it out of finetune.targets, or use the adapter's own file")
-        return _SGM_NAMES[module]
-    side, level, kind, inner, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    if kind == "downsamplers":
-        return f"input_blocks.{3 * level + 3}.0.op"
-    if kind == "upsamplers":
-        return f"output_blocks.{3 * level + 2}.2.conv"
-    rest = _RESNET.get(rest, rest)
-    if side is None:
-        return f"middle_block.{2 * inner if kind == 'resnets' else 1}.{rest}"
-    number = f"input_blocks.{3 * level + inner + 1}" if side == "down" else f"output_blocks.{3 * level + inner}"
-    return f"{number}.{0 if kind == 'resnets' else 1}.{rest}"
-
-
 def write(tensors: dict[str, Tensor], file: Path) -> None:
     """Tensors as a .safetensors file with torch's usual mark; the same tensors make the same bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt"})
+    replace(file, lambda draft: save_file(tensors, draft, metadata={"format": "pt"}))

@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -71,13 +71,13 @@ def _put(file: Path, known: Any) -> None:
     """Whole or not at all, under a name of its own, as other processes may be at it; of two at once one wins."""
     with contextlib.suppress(OSError):  # a home that cannot be written to costs time, no result
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        draft = file.with_name(f"{uuid.uuid4().hex}.tmp")  # not tempfile's, which is for its owner alone
         try:
-            with open(handle, "w", encoding="utf-8") as out:
+            with draft.open("x", encoding="utf-8") as out:
                 json.dump(known, out)
             os.replace(draft, file)
         except BaseException:
-            os.unlink(draft)
+            draft.unlink(missing_ok=True)
             raise
 
 

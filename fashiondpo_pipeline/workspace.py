@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.identity import canonical, fingerprint, fingerprint_of_text, hash_file
 from fashiondpo_pipeline.remembered import hash_within
 
@@ -344,10 +344,7 @@ class Output:
     def shards(self, table: str) -> list[int]:
         """Numbers of the shards that hold `table`: those of the manifest, in a begun step those on disk."""
         start, end = f"{table}-", ".parquet"
-        if self.done:
-            names = list(self.manifest["files"])
-        else:
-            names = os.listdir(self.parts) if self.parts.is_dir() else []
+        names = list(self.manifest["files"]) if self.done else os.listdir(self.parts) if self.parts.is_dir() else []
         found = (name[len(start) : -len(end)] for name in names if name.startswith(start) and name.endswith(end))
         return sorted(int(number) for number in found if number.isdigit())
 
@@ -556,6 +553,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as problem:
+        check_pulled(path)
         raise UserError(f"{path} cannot be read ({problem}); {MEND}") from problem
 
 
@@ -622,6 +620,7 @@ def _put(path: Path, write: Any) -> None:
     draft = path.with_name(path.name + ".tmp")
     try:
         write(draft)
+        as_umask_asks(draft)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -630,6 +629,17 @@ def _put(path: Path, write: Any) -> None:
         if isinstance(problem, OSError):
             problem.filename = problem.filename or str(path)  # a write names no file, and which disk is full matters
         raise
+
+
+def as_umask_asks(path: Path) -> None:
+    """Give a file, or every one below a folder, the mode that the umask asks for: libraries make some for their owner alone."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        fresh = file.with_name(file.name + ".mode.tmp")
+        fresh.touch()  # asking the process for its umask would change it for a moment, in every thread
+        mode = fresh.stat().st_mode & 0o777
+        fresh.unlink()
+        if file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
 
 
 class _NoPandas:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline import diagnosis, experts, memory, panel
-from fashiondpo_pipeline.checkpoints import Source, open_source
+from fashiondpo_pipeline.checkpoints import Source, lora_identity, open_source
 from fashiondpo_pipeline.config import Config, Pair
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
@@ -148,7 +148,7 @@ class Session:
     def generator_identity(self) -> str:
         """A hash of the model that draws, with the LoRA it starts from."""
         lora, scale = self.config.generator.lora, self.config.generator.lora_scale
-        return self.source.identity() + (f"+{hash_path(locate(lora), 'generator.lora')}x{scale:g}" if lora else "")
+        return self.source.identity() + (f"+{lora_identity(locate(lora))}x{scale:g}" if lora else "")
 
     def chain(self, rounds: int, pairs: dict[int, Pair | PairSet] | None = None, asked_again: int | None = None) -> Chain:
         """The steps of `rounds` rounds; `pairs` replaces the pair section of single rounds, or their pictures and pairs by imported ones.

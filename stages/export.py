@@ -18,10 +18,9 @@ from stages.single import finished
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fashiondpo_pipeline import adapters, lora_formats
-    from fashiondpo_pipeline.lora_formats import Lora
+    from fashiondpo_pipeline import adapters, lora_formats, lora_layers
 else:  # a mistake is told before they are imported
-    adapters, lora_formats = Later("fashiondpo_pipeline.adapters"), Later("fashiondpo_pipeline.lora_formats")
+    adapters, lora_formats, lora_layers = (Later(f"fashiondpo_pipeline.{name}") for name in ("adapters", "lora_formats", "lora_layers"))
 
 FORMATS = ("diffusers", "kohya")
 
@@ -36,6 +35,7 @@ def run(
         raise UserError("round 0 is the base: it has no LoRA to export")
     step = negative_of(session, number, pairs) if negative else step
     manifest, adapter = session.output(step).manifest, session.output(step).published("adapter")
+    adapters.check_file(adapter)
     style = session.config.generator.lora
     if merge and not style:
         raise UserError("--merge: the run started from the bare model (generator.lora is null): export without --merge")
@@ -99,19 +99,19 @@ def _merged(session: Session, adapter: Path, family: str) -> dict[str, Tensor]:
     g = session.config.generator
     file = locate(g.lora or "")
     style = lora_formats.read(file, family)
-    layers = {name: layer for name, layer in style.layers.items() if name.startswith(adapters.PARTS)}
-    if any(layer.magnitude is not None for layer in layers.values()):
-        raise UserError(f"{file} is a DoRA, which rescales whole rows: it cannot be merged exactly; export without --merge and fuse it first")
+    denoisers = lora_formats.Lora({name: layer for name, layer in style.layers.items() if name.startswith(adapters.PARTS)}, style.strays, {})
+    lora_formats.check_plain(file, denoisers, "export without --merge and fuse it first")
     with tempfile.TemporaryDirectory() as place:
-        lora_formats.write(_tensors(lora_formats.Lora(layers, []), g.lora_scale), Path(place) / file.name)
-        return lora_formats.merged(Path(place) / file.name, adapter, family)
+        lora_formats.write(_tensors(denoisers, g.lora_scale), Path(place) / "style.safetensors")
+        return lora_formats.merged(Path(place) / "style.safetensors", adapter, family)
 
 
-def _tensors(lora: Lora, scale: float = 1.0) -> dict[str, Tensor]:
+def _tensors(lora: lora_formats.Lora, scale: float = 1.0) -> dict[str, Tensor]:
     """In diffusers' format, the strength multiplied into B: alpha is then the rank."""
     found = {}
     for name, layer in lora.layers.items():
-        found |= {f"{name}.lora_A.weight": layer.down.contiguous(), f"{name}.lora_B.weight": (layer.up * scale).contiguous()}
+        assert isinstance(layer.change, lora_layers.LowRank)  # what a round trains
+        found |= {f"{name}.lora_A.weight": layer.change.down.contiguous(), f"{name}.lora_B.weight": (layer.change.up * scale).contiguous()}
         if layer.magnitude is not None:
             found[f"{name}.lora_magnitude_vector"] = layer.magnitude.flatten()
     return found

@@ -107,6 +107,7 @@ def run(session, step: Step, out: Output) -> None:
         reference.follow(weights)
         progress.after(number, epoch, tally, float(norm), learning_rate, knobs)
         if session.first and (number + 1) % knobs.checkpoint_every == 0 and number + 1 < len(plan):
+            adapters.check_trained(generator.denoiser, f"round {step.round} {step.name}, step {number}")
             progress.save(checkpoint, weights, optimiser, scaler, reference)
 
     if knobs.checkpointing:
@@ -120,6 +121,7 @@ def run(session, step: Step, out: Output) -> None:
     for finding in diagnosis.of_training(steps, columns, step.config | noted, sampled_of(step)["steps"]):
         if finding.level != "note":
             session.say(f"round {step.round} {step.name}: {finding.level}: {finding.sentence}")
+    adapters.check_trained(generator.denoiser, f"round {step.round} {step.name}")
     generator.save_adapter(out.work / "adapter")
     out.publish("adapter", out.work / "adapter")
     out.finish({

@@ -147,7 +147,7 @@ class _Check:
 
     def _imported_pages(self) -> list[Path]:
         """The pages that rounds on imported pairs have."""
-        found = {path for path in self.root.glob("imported-*.html")}
+        found = set(self.root.glob("imported-*.html"))
         for folder in self.root.glob("round-*/finetune-*"):
             manifest = folder / "manifest.json"
             try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fashiondpo_pipeline.embedded import locate
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.experts.weights import Place
 
 TILE = 64
@@ -33,6 +33,7 @@ class Classifier:
         return {"model": where} if where.exists() or self.model.startswith("embedded:") else {}
 
     def load(self, device: str, prepared: Path | None) -> None:
+        from safetensors import SafetensorError
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         where = locate(self.model)
@@ -40,7 +41,8 @@ class Classifier:
         try:
             self._net = AutoModelForImageClassification.from_pretrained(source, revision=self.revision, use_safetensors=True)
             self._see = AutoImageProcessor.from_pretrained(source, revision=self.revision)
-        except (OSError, ValueError) as problem:
+        except (OSError, ValueError, SafetensorError) as problem:
+            check_pulled(where)
             raise UserError(
                 f"classifier '{self.model}' cannot be loaded ({str(problem).splitlines()[0]}): "
                 "name a folder or hub id of a transformers image classifier"

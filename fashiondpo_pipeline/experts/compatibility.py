@@ -10,7 +10,7 @@ import numpy as np
 
 from fashiondpo_pipeline import statistics, wardrobe
 from fashiondpo_pipeline.embedded import locate
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.seeds import key
 
@@ -108,6 +108,7 @@ class Head:
 
 def load_head(folder: Path, tower: Tower) -> Head:
     """The head in a folder. Raises UserError if it was trained on the features of another tower."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from fashiondpo_pipeline.workspace import read_json
@@ -116,7 +117,11 @@ def load_head(folder: Path, tower: Tower) -> Head:
     if about["tower"] != tower.identity():
         raise UserError(f"{folder} was trained on the features of another CLIP tower ({about['tower']}, now {tower.identity()}): "
                         "name the tower it was trained with, or train it anew")
-    return Head(load_file(folder / WEIGHTS))
+    try:
+        return Head(load_file(folder / WEIGHTS))
+    except (SafetensorError, OSError) as problem:
+        check_pulled(folder)
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({problem}): get it anew, or train it anew") from problem
 
 
 # -- training
@@ -174,6 +179,7 @@ def train(
     """
     from safetensors.numpy import save_file
 
+    from fashiondpo_pipeline.workspace import save_file as replace
     from fashiondpo_pipeline.workspace import write_json
 
     recipe = recipe or Recipe()
@@ -202,7 +208,7 @@ def train(
     about = {"tower": tower.identity(), "features": features.shape[1], "seed": seed, "recipe": asdict(recipe), "epochs": epochs,
              "outfits": {name: len(part) for name, part in parts.items()}, "held out": measured}
     out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / WEIGHTS)
+    replace(out / WEIGHTS, lambda draft: save_file(weights, draft))
     write_json(out / ABOUT, about)
     return about
 

@@ -1,6 +1,7 @@
 """A CLIP tower through open_clip's ordinary factory: pictures and texts to unit vectors."""
 
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from fashiondpo_pipeline.embedded import PREFIX, locate
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.experts.texts import TILE, Texts
 from fashiondpo_pipeline.identity import hash_path
 
@@ -90,6 +91,7 @@ class Tower:
 
     def _load(self) -> _Loaded:
         import open_clip
+        from safetensors import SafetensorError
 
         quick = open_clip.get_pretrained_cfg(self.name, self.pretrained or "").get("quick_gelu", False)
         if quick and not (open_clip.get_model_config(self.name) or {}).get("quick_gelu", False):  # open_clip warns only, and scores all the same
@@ -99,7 +101,9 @@ class Tower:
         try:
             net, see = open_clip.create_model_from_pretrained(self.name, self.pretrained, device=self.device)
             read = open_clip.get_tokenizer(self.name)
-        except (RuntimeError, OSError, ValueError) as problem:
+        except (RuntimeError, OSError, ValueError, SafetensorError, pickle.UnpicklingError) as problem:
+            if self.model.startswith(LOCAL) or self.pretrained:
+                check_pulled(Path(self.name.removeprefix(LOCAL) if self.model.startswith(LOCAL) else self.pretrained or ""))
             detail = str(problem).splitlines()[0]
             raise UserError(
                 f"CLIP model '{self.model}' with weights '{self.pretrained}' cannot be loaded ({detail}): "

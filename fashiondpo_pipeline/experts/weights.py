@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fashiondpo_pipeline import hub
 from fashiondpo_pipeline.embedded import locate
-from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.errors import UserError, check_pulled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,9 +117,11 @@ def read_weights(place: Place) -> "dict[str, Tensor]":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:
+        check_pulled(path)
         raise UserError(f"{place.option}: {path} holds something other than weights, and reading such a pickle can run code: "
                         "use a .safetensors, or a file of plain tensors") from problem
     except (SafetensorError, *DAMAGED) as problem:
+        check_pulled(path)
         raise UserError(f"{place.option}: {path} is cut off or damaged ({gist(problem)}); get it anew") from problem
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
@@ -153,11 +155,14 @@ def pretrained(kind: Any, place: Place, **options: Any) -> Any:
 
     transformers alone would fill in random numbers and go on.
     """
+    from safetensors import SafetensorError
+
     source, where = place.source()
     network = hasattr(kind, "config_class")
     try:
         found = kind.from_pretrained(source, **where, **options, **({"output_loading_info": True} if network else {}))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as problem:
+        check_pulled(Path(source))
         raise place.refuse(problem) from problem
     if not network:
         return found

@@ -70,6 +70,10 @@ class DiffusersModel:
         diffusers_logging.disable_progress_bar()  # loading a folder takes a second; our own bars say what takes long
         transformers_logging.disable_progress_bar()
         self._check_configurations()
+        if options.lora:  # read again where it is fused, but told now what is wrong with it
+            from fashiondpo_pipeline.lora_settings import open_lora
+
+            open_lora(Path(options.lora))
         self.scheduler = self._scheduler()
         self._check_noise()
         self.prediction = FLOW if self.flow else self.scheduler.config.prediction_type

@@ -36,8 +36,8 @@ class Commands(typer.core.TyperGroup):
             if not disk_is_full(problem):
                 first_to_fail()  # so that the others end without a word
                 raise
-            name = getattr(problem, "filename2", None) or getattr(problem, "filename", None)  # of a copy, the copy
-            where = f" ({name})" if name else ""
+            file = getattr(problem, "filename2", None) or getattr(problem, "filename", None)  # of a copy, the copy
+            where = f" ({file})" if file else ""
             _fail(f"the disk is full{where}: what was finished is kept; make room and run the same command again")
 
 
@@ -119,9 +119,9 @@ def round(
 
     Run it again to continue after an interruption; when everything is there it does nothing and says so.
     """
-    from stages import rounds
+    from stages import rounds as recipe
 
-    rounds.run(_session(config, sets, name), n)
+    recipe.run(_session(config, sets, name), n)
 
 
 PairsId = Annotated[str | None, typer.Option("--pairs", metavar="ID", help="a pair set that `fdpo rescore` saved for this round")]

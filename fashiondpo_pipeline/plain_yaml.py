@@ -40,7 +40,7 @@ class Loader(yaml.SafeLoader):
     """Reads it, and holds its bounds."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - yaml's own way: YAML 1.1 is left out
-    yaml_constructors: dict = {}  # noqa: RUF012
+    yaml_constructors: dict = {}  # type: ignore[misc]  # noqa: RUF012
 
     def __init__(self, text: str, faults: Faults):
         self.faults, self._deep = faults, 0
@@ -72,7 +72,7 @@ class Loader(yaml.SafeLoader):
         line, tag = node.start_mark.line + 1, node.tag.removeprefix(_CORE)
         if isinstance(node, yaml.ScalarNode) and tag in ("str", *_MADE):
             return self._scalar(node.value, tag, line, plain=node.style is None)
-        if tag != {yaml.SequenceNode: "seq", yaml.MappingNode: "map"}.get(type(node)):
+        if tag != ("seq" if isinstance(node, yaml.SequenceNode) else "map" if isinstance(node, yaml.MappingNode) else None):
             shown = f"!!{tag}" if node.tag.startswith(_CORE) else node.tag
             raise UserError(f"line {line}: the tag {seen(shown)} is not read here; write the value without it")
         return super().construct_object(node, deep)
@@ -114,8 +114,8 @@ class Dumper(yaml.SafeDumper):
 for _kind, (_pattern, _first) in _SCALARS.items():
     Loader.add_implicit_resolver(_CORE + _kind, _pattern, _first)
     Dumper.add_implicit_resolver(_CORE + _kind, _pattern, _first)
-Loader.add_constructor(_CORE + "seq", yaml.SafeLoader.construct_yaml_seq)
-Loader.add_constructor(_CORE + "map", yaml.SafeLoader.construct_yaml_map)
+Loader.add_constructor(_CORE + "seq", Loader.construct_yaml_seq)  # type: ignore[type-var]
+Loader.add_constructor(_CORE + "map", Loader.construct_yaml_map)  # type: ignore[type-var]
 _other_yaml = yaml.SafeLoader("")  # what YAML 1.1 takes a word for
 
 

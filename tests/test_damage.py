@@ -1,5 +1,6 @@
 """Every file of a finished run, damaged in every way: each is found and named, and what is read is checked before it is used."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -162,14 +163,15 @@ def test_files_of_an_earlier_version_are_accepted_and_that_is_said(whole):
 
 # -- what is read is checked
 
+OTHER, AGAIN = "{use: 'fashiondpo_pipeline.testing:Brightness'}", "{use: clip_text, options: {model: 'MODEL'}}"
 READ = {
     "round-03/finetune-*/adapter/*.safetensors": ["generate", "a red dress"],
     "round-03/finetune-*/adapter/*.safetensors ": ["export", "out"],
     "round-01/finetune-*/adapter/*.safetensors": ["sample", "--round", "2"],
-    "round-01/sample-*/parts/candidates-00001.parquet": ["score", "--round", "1", "--set", "experts.other={use: 'fashiondpo_pipeline.testing:Brightness'}"],
+    "round-01/sample-*/parts/candidates-00001.parquet": ["score", "--round", "1", "--set", f"experts.other={OTHER}"],
     "round-01/sample-*/parts/trajectories-00001.parquet": ["finetune", "--round", "1", "--set", "finetune.beta=50"],
     "round-00/encode-*/parts/prompts-00000.parquet": ["finetune", "--round", "1", "--set", "finetune.beta=50"],
-    "round-01/embed-*/parts/embeddings-00001.parquet": ["score", "--round", "1", "--set", "experts.again={use: clip_text, options: {model: 'MODEL'}}"],
+    "round-01/embed-*/parts/embeddings-00001.parquet": ["score", "--round", "1", "--set", f"experts.again={AGAIN}"],
     "round-01/score-clip_t-*/parts/scores-00001.parquet": ["pair", "--round", "1", "--set", "pair.margin=0.1"],
     "round-02/score-clip_t-*/parts/scores-00000.parquet": ["inspect", "scores", "--round", "2"],
     "round-01/pair-*/parts/pairs-00000.parquet": ["finetune", "--round", "1", "--set", "finetune.beta=50"],
@@ -196,8 +198,8 @@ def test_a_file_is_hashed_once_while_it_stays_as_it_is(whole, monkeypatch):
     made = session()
     out = made.output(made.chain(1).rounds[1].sample)
     hashed = []
-    monkeypatch.setattr("fashiondpo_pipeline.workspace.hash_file", lambda path, own=__import__("hashlib"): hashed.append(path.name) or
-                        own.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr("fashiondpo_pipeline.workspace.hash_file", lambda path: hashed.append(path.name) or
+                        hashlib.sha256(path.read_bytes()).hexdigest())
     later = time.time() + 10
     monkeypatch.setattr(remembered.time, "time", lambda: later)
     for _ in range(3):

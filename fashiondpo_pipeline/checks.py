@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 import numpy as np
+import pyarrow as pa
 
 from fashiondpo_pipeline import codecs, seeds, statistics
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
@@ -144,7 +145,7 @@ def _pixels(pairs: PairSet, chosen: list[tuple[int, str, int, int]]) -> tuple[di
     wanted = {(group, number) for _, group, *numbers in chosen for number in numbers}
     for table in pairs.pictures(["group", "candidate", "picture"]):
         keys = zip(table["group"].to_pylist(), table["candidate"].to_pylist(), strict=True)
-        for row in table.take([n for n, key in enumerate(keys) if key in wanted]).to_pylist():
+        for row in table.take(pa.array([n for n, key in enumerate(keys) if key in wanted], pa.int64())).to_pylist():
             picture = codecs.decode_picture(row["picture"]["bytes"], f"{row['group']}/{row['candidate']}")
             picture.thumbnail((512, 512))
             meters[row["group"], row["candidate"]] = statistics.meters(np.asarray(picture))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
 
 from fashiondpo_pipeline import plain_yaml
 from fashiondpo_pipeline.errors import UserError
@@ -74,10 +74,21 @@ Window = Annotated[
 ]
 
 
+MOST, MOST_PIXELS = 1_000_000, 16_384  # of anything that is counted, and of a side: more is a slip of the hand
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, nothing unknown, nothing converted behind one's back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_absurd_count(cls, value: Any, about: ValidationInfo) -> Any:
+        most = MOST_PIXELS if about.field_name in ("height", "width") else MOST
+        if type(value) is int and value > most and about.field_name != "seed":
+            raise ValueError(f"should be at most {most:,}, not {_shown(value)}")
+        return value
 
 
 class Generator(Section):
@@ -492,7 +503,7 @@ def _override(values: dict, text: str) -> None:
     keys: list[Any] = path.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"--set {text}: write section.key=value, such as --set finetune.beta=500")
-    if keys[0] == "by_round" and len(keys) > 1 and keys[1].isdecimal():
+    if keys[0] == "by_round" and len(keys) > 1 and keys[1].isdecimal() and len(keys[1]) < 10:
         keys[1] = int(keys[1])  # as YAML reads it
     whole = values
     for depth, key in enumerate(keys[:-1]):

@@ -94,7 +94,7 @@ class Garments:
         found: dict[str, np.ndarray] = {}
         for start in range(0, len(wanted), 512):
             some = wanted[start : start + 512]
-            cells = self._pictures.take(pa.array([place[item] for item in some])).to_pylist()
+            cells = self._pictures.take(pa.array([place[item] for item in some], pa.int64())).to_pylist()
             pictures = [decode_picture(cell["bytes"], f"{self.path}, '{item}'") for item, cell in zip(some, cells, strict=True)]
             found |= dict(zip(some, tower.pictures(pictures), strict=True))
         return found

@@ -552,7 +552,7 @@ def _naming(path: Path) -> Iterator[None]:
     """What cannot be read is named with the way out."""
     try:
         yield
-    except (OSError, pa.ArrowException) as problem:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as problem:  # names of columns are text too
         check_pulled(path)
         raise UserError(f"{path} cannot be read ({problem}); {MEND}") from problem
 

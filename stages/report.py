@@ -84,7 +84,7 @@ def _pictures(session: Session, chain: Chain, record: Record) -> dict:
         draws[number] = thumbnails(session.output(chain.rounds[number].held_out), wanted, prompts)
 
     widest, narrowest = report.chosen_pairs(record.last, record.config.report.pairs)
-    pairs = record.last.pairs.take(widest + narrowest).to_pylist()
+    pairs = record.last.pairs.take(pa.array(widest + narrowest, pa.int64())).to_pylist()
     wanted = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
     candidates = thumbnails(session.output(chain.rounds[-1].sample), wanted, prompts)
     return {

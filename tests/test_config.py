@@ -140,6 +140,8 @@ def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
         ("finetune: {beta: .inf}", "finetune.beta: should be a finite number, not inf"),
         ("prompts: {held_out: 1}", "prompts.held_out: should be less than 1, not 1"),
         ("seed: -1", "seed: should be greater than or equal to 0, not -1"),
+        (f"finetune: {{epochs: {10**29}}}", f"finetune.epochs: should be at most 1,000,000, not {10**29}"),
+        ("sample: {height: 1000000}", "sample.height: should be at most 16,384, not 1000000"),
         # choices
         ("generator: {dtype: half}", "generator.dtype: should be 'float32', 'float16' or 'bfloat16', not 'half'"),
         ("pair: {normalise: z}", "pair.normalise: should be 'zscore', 'minmax', 'rank' or 'winrate', not 'z'"),
@@ -282,6 +284,10 @@ def test_options_that_could_not_be_written_down_are_refused(options, sentence):
 def test_a_value_that_does_not_fit_is_shown_short():
     assert refused(None, f"seed=[{', '.join(['word'] * 500)}]") == (
         "the defaults: this does not fit\n  seed: should be a whole number, not [" + "'word', " * 9 + "'word'…")
+
+
+def test_a_round_of_absurd_number_is_named():
+    assert refused(None, f"by_round.{'9' * 5_000}.finetune.beta=3").startswith("the defaults: this does not fit\n  by_round")
 
 
 def test_a_device_without_end_is_no_configuration():

@@ -623,6 +623,20 @@ def test_what_is_broken_or_locked_in_a_zip_is_told(tmp_path):
         imported(tmp_path / "x.zip", tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_files_of_one_name_in_a_zip_and_one_without_a_name_are_told(tmp_path):
+    zipped(tmp_path / "x.zip", {"metadata.jsonl": line(), "a.png": painted(1), "b.png": painted(2)})
+    with zipfile.ZipFile(tmp_path / "x.zip", "a") as file:
+        file.writestr("a.png", painted(3))
+        file.writestr(zipfile.ZipInfo("x"), b"")
+    data = (tmp_path / "x.zip").read_bytes()
+    at = data.rindex(b"PK\x01\x02")
+    put(tmp_path / "x.zip", data[: at + 46] + b"\0" + data[at + 47 :])  # a name of no letter
+    found = imported(tmp_path / "x.zip", tmp_path)
+    assert told(found)[0][1:3] == (painted(1), painted(2))
+    assert reasons(found) == {"the zip has two files of one name": 1, "the file holds no rows of the format": 1}
+
+
 def test_no_more_rows_are_taken_than_asked_for_and_nothing_behind_them_is_looked_at(tmp_path):
     (tmp_path / "in").mkdir()
     grouped(tmp_path / "in" / "a.parquet")

@@ -26,14 +26,17 @@ def overlong(text: str) -> list[str]:
 
 
 COMMANDS = [
-    ("round", "-n", "3"), ("round", "-n", "3", "--set", "evaluate.bootstrap=150"), ("status",), ("status", "--verify"), ("plan",), ("experts",), ("config",),
+    ("round", "-n", "3"), ("round", "-n", "3", "--set", "evaluate.bootstrap=150"), ("status",), ("status", "--verify"), ("plan",),
+    ("experts",), ("config",),
     ("status", "--set", "finetune.beta=7", "--set", "sample.guidance_rescale=0.25", "--set", "pair.margin=0.125", "--set", "seed=8",
      "--set", "finetune.learning_rate=0.1", "--set", "finetune.weight_decay=0.3", "--set", "finetune.objective={step_dpo: 1, sft: 100}"),
-    ("inspect", "candidates"), ("inspect", "scores"), ("inspect", "pairs"), ("inspect", "steps"), ("report",), ("rescore", "--weights", "clip_t=1,bright=1"),
+    ("inspect", "candidates"), ("inspect", "scores"), ("inspect", "pairs"), ("inspect", "steps"), ("report",),
+    ("rescore", "--weights", "clip_t=1,bright=1"),
     ("sample", "-r", "1"), ("score", "-r", "1"), ("pair", "-r", "1"), ("evaluate", "-r", "1"), ("experts", "--set", "experts.mood.use=nowhere:Mood"),
     ("fit-weights",), ("init", "new"), ("generate", "a hat", "-k", "1"), ("export", "out"), ("export-pairs", "csv", "sheet"),
     ("import", "csv", "prompts.txt"), ("round", "--set", "finetune.bta=5"), ("plan", "--set", "generator.model=./models/sd/of/a/rather/long/name"),
-    ("plan", "--set", "prompts.file=" + "long/" * 12 + "prompts.txt"), ("sample", "--set", "finetune.window=[0, 2]", "--set", "pair.weights={a: 1, b: 2, c: 3}"),
+    ("plan", "--set", "prompts.file=" + "long/" * 12 + "prompts.txt"),
+    ("sample", "--set", "finetune.window=[0, 2]", "--set", "pair.weights={a: 1, b: 2, c: 3}"),
     ("generate",), ("generate", "a hat", "--round", "9"), ("inspect", "nothing"), ("round", "--rounds", "2"), ("round", "--nothing"), ("nothing",),
     ("finetune", "--pairs", "nowhere"), ("generate-sets", "--prompts", "prompts.txt", "--out", "out"), ("status", "--name", "x" * 300), ("--help",),
     *((name, "--help") for name in ("round", "inspect", "export-pairs", "studio", "generate")),
@@ -90,6 +93,11 @@ def test_a_stumble_has_its_helpful_sentence(finished, args, sentence):
 ])
 def test_a_name_that_no_file_can_have_is_a_sentence(place, args, sentence):
     assert refused(*args) == sentence
+
+
+def test_a_report_may_show_no_pair(finished):
+    works("report", "--set", "report.pairs=0")
+    assert "data:image" in (finished / "runs/t/report.html").read_text(encoding="utf-8"), "pictures before and after are shown all the same"
 
 
 def test_memory_that_is_full_is_a_sentence(place, monkeypatch):

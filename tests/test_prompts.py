@@ -301,6 +301,12 @@ def test_parquet_cells_that_python_cannot_hold_are_named_with_their_rows(tmp_pat
     assert refused(tmp_path / "p.parquet") == f"{tmp_path / 'p.parquet'}: the column 'prompt' holds bytes, not text; save it as text"
 
 
+def test_a_parquet_file_whose_columns_have_no_name_in_utf_8_is_named(tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"], "colour": ["b"]}), tmp_path / "p.parquet")
+    (tmp_path / "p.parquet").write_bytes((tmp_path / "p.parquet").read_bytes().replace(b"colour", b"colo\xff\xfe"))
+    assert refused(tmp_path / "p.parquet").startswith(f"{tmp_path / 'p.parquet'} cannot be read ('utf-8' codec")
+
+
 def test_all_lines_are_named_at_once_the_first_twenty_and_how_many_more(tmp_path):
     path = put(tmp_path, "p.jsonl", "\n".join(["{}", '{"prompt": "a"}'] * 30))
     told = refused(path).splitlines()

@@ -246,14 +246,22 @@ class Zipped(Listed):
             self._zip = zipfile.ZipFile(path)
         except _ZIP_BROKEN as problem:
             raise UserError(f"{path}: the zip is broken ({problem}): copy it again") from problem
-        super().__init__({info.filename: _packed(info) for info in self._zip.infolist() if not info.is_dir()})
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        files: dict[str, int | Refused] = {}
+        for info in self._zip.infolist():
+            if not info.filename.endswith("/"):
+                if self._infos.setdefault(info.filename, info) is info:
+                    files[info.filename] = _packed(info)
+                else:
+                    files[f"{info.filename} once more"] = Refused("the zip has two files of one name", info.filename)
+        super().__init__(files)
 
     def _open(self, name: str) -> BinaryIO:
         def told(problem: Exception) -> Refused:
             return Refused("the file in the zip is broken", f"{name}: {str(problem)[:200]}")
 
         try:
-            return io.BufferedReader(_Guarded(self._zip.open(name), _ZIP_BROKEN, told))
+            return io.BufferedReader(_Guarded(self._zip.open(self._infos[name]), _ZIP_BROKEN, told))
         except _ZIP_BROKEN as problem:
             raise told(problem) from problem
 

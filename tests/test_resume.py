@@ -2,17 +2,18 @@
 
 import contextlib
 import json
-import random
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from whole_runs import Process, Told, fdpo, manifests, refused, results, wait_for, works
+from whole_runs import Process, Told, fdpo, manifests, refused, results, works
+
+from fashiondpo_pipeline import adapters, workspace
 
 KILLS = 25
 
@@ -28,17 +29,6 @@ def begun(run: Path) -> Path | None:
     return max(found, default=None)
 
 
-def kill_at(place: Path, moment: int, delay: float) -> None:
-    """`fdpo round`, killed a little after so much is on disk: while models are being loaded if it is there already."""
-    run = place / "runs/t"
-    with Process(place, "round") as process:
-        wait_for(lambda: (run / "run.owner").is_file() and (run / "run.owner").read_text() == f"process {process.pid}")
-        wait_for(lambda: progress(run) >= moment)
-        time.sleep(delay)
-        process.send(signal.SIGKILL)
-        assert process.wait().code == -signal.SIGKILL
-
-
 def kill_after_writing(place: Path, pattern: str) -> Path:
     """`fdpo round`, killed just after it has written such a file; the folder of the step that it was in."""
     with Process(place, "round", pause=pattern) as process:
@@ -49,30 +39,41 @@ def kill_after_writing(place: Path, pattern: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_25_moments_ends_as_if_nothing_had_happened(place, finished_place):
-    run, chance, struck = place / "runs/t", random.Random(2), []
-    end = progress(finished_place / "runs/t")
-
-    def kill(count: int, of: int) -> None:
-        for left in range(of, of - count, -1):  # somewhere in the part that is then due
-            moment = progress(run) + chance.randint(0, 2 * (end - progress(run)) // (left + 1))
-            kill_at(place, moment, chance.uniform(0, 0.1))
-            struck.append(begun(run))
-
-    kill(6, of=KILLS - 2)
+def test_a_run_killed_at_25_moments_ends_as_if_nothing_had_happened(place, finished_place, tmp_path_factory):
+    """Two named moments, and each time after as many changes of the disk as make 25 pieces of a straight run."""
+    run, struck = place / "runs/t", []
+    straight = prepare_copy(place, tmp_path_factory)
+    with Process(straight, "round", kill_at=0) as process:
+        assert process.wait().code == 0
+        piece = process.writes // KILLS
     between_shards = kill_after_writing(place, "sample-*/parts/00000.json")
     assert not (between_shards / "parts/00001.json").exists()
     between_checkpoints = kill_after_writing(place, "finetune-*/work/checkpoint.pt")
     assert (between_checkpoints / "work/checkpoint.pt").is_file()
     assert not (between_checkpoints / "adapter").exists()
-    kill(KILLS - 8, of=KILLS - 8)
+    while True:  # a process begins with some changes that it makes each time, so that each gets less far than a piece
+        with Process(place, "round", kill_at=piece) as process:
+            code = process.wait().code
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        struck.append(begun(run))
+        assert len(struck) < 10 * KILLS, "it does not get on"
 
+    assert len(struck) >= KILLS - 5
     assert len({path.name for path in struck if path}) >= 8, "the kills should be spread over many steps"
     assert {path.parent.name for path in struck if path} >= {"round-01", "round-02", "round-03"}
-    assert works_in(place, "round") == 0
     assert results(run) == results(finished_place / "runs/t")
     assert not list(run.rglob("*.tmp"))
     assert not list(run.rglob("work"))
+
+
+def prepare_copy(place: Path, tmp_path_factory) -> Path:
+    """Another working folder with the same configuration."""
+    folder = tmp_path_factory.mktemp("straight")
+    for name in ("pipeline.yaml", "prompts.txt"):
+        shutil.copy(place / name, folder / name)
+    return folder
 
 
 def works_in(place: Path, *args: str) -> int:
@@ -215,27 +216,60 @@ def small_disk(at: Path) -> Iterator:
         disk.rmdir()
 
 
+# what meets the full disk -> the file that the sentence names; the adapter's library does not say which one it was
+FULL = {
+    "sample-*/parts/candidates-00001.parquet": "candidates-00001.parquet", "sample-*/parts/00000.json": "00000.json",
+    "score-clip_t-*/parts/scores-00000.parquet": "scores-00000.parquet", "pair-*/manifest.json": "manifest.json",
+    "finetune-*/work/checkpoint.pt": "work/checkpoint.pt", "adapter": "", "finetune-*/manifest.json": "manifest.json",
+    "evaluate-*/parts/meters-00000.parquet": "meters-00000.parquet", "numbers.json": "numbers.json", "report.html": "report.html",
+}
+
+
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_keeps_what_was_done_and_goes_on_when_there_is_room(place, finished_place):
+@pytest.mark.parametrize("struck", FULL)
+def test_a_full_disk_is_one_sentence_keeps_what_was_done_and_goes_on_when_there_is_room(place, finished_place, monkeypatch, struck):
+    """The disk is filled to the last byte just before that file is written, and emptied after the command has ended."""
     run, whole = place / "runs/t", results(finished_place / "runs/t")
-    struck, done, size, path = {}, 0, 16, ""
     with small_disk(place / "runs") as resize:
-        while path is not None:
-            resize(size)
-            # every other time without checkpoints, which no claim knows of: then it is the adapter that finds no room
-            path = full_at(fdpo("round", "--n", "1", "--set", f"finetune.checkpoint_every={(3, 1000)[size // 8 % 2]}"))
-            assert progress(run) >= done, "what was finished is kept"
-            assert not list(run.rglob("*.tmp")), "nor is the disk kept full"
-            done = progress(run)
-            stage = "report" if path == "runs/t/report.html" else begun(run).name.partition("-")[0] if begun(run) else ""
-            struck.setdefault(stage, []).append(path)
-            size += {"sample": 48, "finetune": 8, "report": 512}.get(stage, 24)
+        resize(65536)
+        with monkeypatch.context() as patch:
+            full_before(patch, struck, place / "runs/filler")
+            path = full_at(fdpo("round", "--n", "1"))
+        assert path is not None, "nothing was struck"
+        assert path.endswith(FULL[struck])
+        assert not list(run.rglob("*.tmp")), "nor is the disk kept full"
+        done = progress(run)
+        (place / "runs/filler").unlink()
+        works("round", "--n", "1")
+        assert progress(run) >= done, "what was finished is kept"
         made = results(run)
     assert json.loads(made.pop("numbers.json"))["round 1"] == json.loads(whole["numbers.json"])["round 1"]
     assert made.items() <= whole.items()
-    assert struck.keys() >= {"sample", "finetune", "report"}
-    assert any(path.endswith("/work/checkpoint.pt") for path in struck["finetune"])
-    assert "" in struck["finetune"], "the adapter should have been struck: its library does not say which file it was"
+
+
+def full_before(patch: pytest.MonkeyPatch, pattern: str, filler: Path) -> None:
+    """Fill the disk when a file like `pattern` is about to be written for the first time; "adapter": by its library."""
+    put, save = workspace._put, adapters.save
+
+    def fill() -> None:
+        if not filler.exists():
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 65536)
+
+    def putting(path: Path, write) -> None:
+        if path.match(pattern):
+            fill()
+        put(path, write)
+
+    def saving(*given, **named) -> None:
+        fill()
+        save(*given, **named)
+
+    if pattern == "adapter":
+        patch.setattr(adapters, "save", saving)
+    else:
+        patch.setattr(workspace, "_put", putting)
 
 
 def full_at(told: Told) -> str | None:

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Item = TypeVar("Item")
-MINIMUM, WORD = 12, 34  # letters that a column of texts has at least: so many, or its longest word up to so many
-_WORDS = {False: re.compile(r"(?:`[^`]*`|\S)+"), True: re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")}  # of a sentence, of a command
+MINIMUM, LONGEST = 12, 34  # letters that a column of texts has at least: so many, or its longest word up to so many
+_WORD = {False: re.compile(r"(?:`[^`]*`|\S)+"), True: re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")}  # of a sentence, of a command
 EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
 stdout = Console(soft_wrap=True, highlight=False, markup=False)
@@ -100,10 +100,10 @@ def _blocks(columns: Sequence[str], cells: Sequence[Sequence[str]], most: int | 
 
 
 def _widths(columns: Sequence[str], cells: Sequence[Sequence[str]], at: int) -> tuple[int, int]:
-    """(least, whole) width of a column: text may wrap, a figure and a word of up to WORD letters may not."""
+    """(least, whole) width of a column: text may wrap, a figure and a word of up to LONGEST letters may not."""
     there = [columns[at], *(row[at] for row in cells)]
     whole, word = max(map(cell_len, there)), max((cell_len(word) for cell in there for word in cell.split()), default=0)
-    return min(whole, max(min(word, WORD), MINIMUM)), whole
+    return min(whole, max(min(word, LONGEST), MINIMUM)), whole
 
 
 def room() -> int | None:
@@ -125,6 +125,10 @@ def fitted(text: str, most: int | None) -> str:
     round 1: run
       `fdpo round`
       first
+    >>> print(fitted("stale: `fdpo round --set a=b` makes it", 20))
+    stale: `fdpo round \\
+      --set a=b` makes
+      it
     >>> print(fitted("next: fdpo generate 'a red dress' --round 3", 30))
     next: fdpo generate \\
         'a red dress' --round 3
@@ -136,14 +140,24 @@ def _fitted(line: str, most: int) -> str:
     if cell_len(line) <= most:
         return line
     indent, command = re.match(r" *", line)[0], line.startswith("next: fdpo ") and ", " not in line  # type: ignore[index]
-    words, tail, more = _WORDS[command].findall(line), " \\" if command else "", " " * (4 if command else 2)
-    lines, now = [], indent
-    for word in words:
-        if now.strip() and cell_len(now) + 1 + cell_len(word) + len(tail) > most:
+    more = indent + " " * (4 if command else 2)
+    lines, now, tail = [], indent, ""
+    for word, goes_on in _words(line, command, most - len(more)):
+        if now.strip() and cell_len(now) + 1 + cell_len(word) + len(goes_on) > most:
             lines.append(now + tail)
-            now = indent + more
-        now += (" " if now.strip() else "") + word
+            now = more
+        now, tail = now + (" " if now.strip() else "") + word, goes_on
     return "\n".join([*lines, now])
+
+
+def _words(line: str, command: bool, most: int) -> Iterator[tuple[str, str]]:
+    """(word, what a line that ends with it ends in) of a line; the words of a command in backticks too, where it is too long for a line."""
+    for word in _WORD[command].findall(line):
+        if not command and " " in word and cell_len(word) > most:
+            *others, last = _WORD[True].findall(word)
+            yield from [*((other, " \\") for other in others), (last, "")]
+        else:
+            yield word, " \\" if command else ""
 
 
 def size(count: float) -> str:

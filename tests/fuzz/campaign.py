@@ -15,9 +15,11 @@ import json
 import re
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -169,7 +171,7 @@ def odd_columns() -> list[pa.Array]:
         pa.array(["", None], pa.string()),
         broken,
         pa.array(["\x1b[2J", "\0"]),
-        pa.array(["x" * 200_000, "y"]),
+        pa.array(["x" * 140_000, "y"]),
         pa.array([1, 0]),
         pa.array([2**63 - 1, -(2**63)]),
         pa.array([1.0, 0.0]),
@@ -395,10 +397,11 @@ def pair_set() -> dict[str, bytes]:
 def _step(file: str, begun: bool = False) -> Parser:
     """A step of a run, whole or begun, with one of its small files damaged, as `status --verify` and readers meet it."""
 
-    def run(data: bytes, folder: Path) -> None:
+    def run(data: bytes, place: Path) -> None:
         from fashiondpo_pipeline.workspace import Output
 
-        for name, content in step_folder().items():
+        folder = place / step_folder()[0]
+        for name, content in step_folder()[1].items():
             if begun and name == "manifest.json":
                 continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -415,19 +418,30 @@ def _step(file: str, begun: bool = False) -> Parser:
 
 
 @cache
-def step_folder() -> dict[str, bytes]:
-    from fashiondpo_pipeline.workspace import Output
+def step_folder() -> tuple[str, dict[str, bytes]]:
+    """A finished step: the folder's name, and its files."""
+    from fashiondpo_pipeline.workspace import Run, Step
 
+    step = Step("score", "score-x", 1, 1, {"a": 1})
     with tempfile.TemporaryDirectory() as place:
-        out = Output(Path(place), {"stage": "score"}, {})
+        out = Run(Path(place)).output(step)
         out.open()
         out.write(0, scores=pa.table({"group": ["g"], "candidate": [0], "score": [0.5]}))
         out.finish({"pairs": 1})
-        return {
-            path.relative_to(place).as_posix(): path.read_bytes()
-            for path in sorted(Path(place).rglob("*"))
+        files = {
+            path.relative_to(out.folder).as_posix(): path.read_bytes()
+            for path in sorted(out.folder.rglob("*"))
             if path.is_file()
         }
+    return step.folder, files
+
+
+def step_seeds(file: str) -> list[bytes]:
+    """A file of it; of JSON also as versions before wrote it, without a hash of itself."""
+    whole = step_folder()[1][file]
+    if not file.endswith(".json"):
+        return [whole]
+    return [whole, json.dumps({key: value for key, value in json.loads(whole).items() if key != "sum"}).encode() + b"\n"]
 
 
 def _remembered(data: bytes, folder: Path) -> None:
@@ -480,6 +494,14 @@ INVOKE = b'{"prompt": "a bag", "image_0": "0.png", "image_1": "1.png", "prefer_0
 CAPTIONS = b'{"text": "a bag", "image": "0.png"}\n'
 KTO = b"file_name,caption,split\n0.png,a bag,exclusive_win\n1.png,a bag,exclusive_lose\n"
 PLAIN = b"prompt,first,second,label\na bag,0.png,1.png,1\n"
+JSON_LIST = (
+    b'[{"prompt": "a bag", "image_path": ["0.png", "1.png"], "human_preference": [1, 0]},'
+    b' {"prompt": "b", "path1": "0.png", "path2": "1.png"}]'
+)
+LABEL_STUDIO = (
+    b'[{"data": {"prompt": "a bag", "image_0": "0.png", "image_1": "1.png"}, "annotations": [{"completed_by": 1, "result": [{"type": "pairwise",'
+    b' "value": {"selected": "left"}}]}]}]'
+)
 PICKAPIC = [
     "caption",
     "jpg_0",
@@ -509,6 +531,45 @@ HUGGINGFACE = [
     "source",
     "source_0",
 ]
+
+
+def spreadsheet() -> bytes:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for line in PLAIN.decode().splitlines():
+        book.active.append(line.split(","))
+    book.save(sink := io.BytesIO())
+    return sink.getvalue()
+
+
+def packed(kind: str) -> bytes:
+    """WebDataset's members, or a folder with a metadata file."""
+    sink = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            for name, data in {"0.jpg_0.png": png(), "0.jpg_1.png": png("L"), "0.json": b'{"caption": "a bag", "label_0": 1, "label_1": 0}'}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    else:
+        with zipfile.ZipFile(sink, "w") as archive:
+            for name, data in {"0.png": png(), "1.png": png("L"), "metadata.jsonl": METADATA}.items():
+                archive.writestr(name, data)
+    return sink.getvalue()
+
+
+def arrow() -> bytes:
+    row = {
+        "prompt": pa.array(["a bag"]),
+        "image_0": _struct((png(), "a")),
+        "image_1": _struct((png("L"), "b")),
+        "label": pa.array([1.0]),
+    }
+    table, sink = pa.table(row), io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
 
 
 def _pickapic() -> list[bytes]:
@@ -671,6 +732,12 @@ def targets() -> dict[str, Target]:
         "import invoke": Target(lambda: [INVOKE], _imported("invoke", "x.jsonl")),
         "import captions": Target(lambda: [CAPTIONS], _imported("captions", "x.jsonl")),
         "import kto": Target(lambda: [KTO], _imported("kto", "x.csv")),
+        "import json": Target(lambda: [JSON_LIST, LABEL_STUDIO, *cases(".json")], _imported("json", "x.json")),
+        "import tsv": Target(lambda: [PLAIN.replace(b",", b"\t"), PLAIN.replace(b",", b";")], _imported("csv", "x.tsv")),
+        "import xlsx": Target(lambda: [spreadsheet()], _imported("csv", "x.xlsx"), share=0.5),
+        "import tar": Target(lambda: [packed("tar")], _imported("huggingface", "x.tar"), share=0.5),
+        "import zip": Target(lambda: [packed("zip")], _imported("huggingface", "x.zip"), share=0.5),
+        "import arrow": Target(lambda: [arrow()], _imported("huggingface", "x.arrow"), share=0.5),
         "import csv": Target(lambda: [PLAIN, *cases(".csv")], _imported("csv", "x.csv")),
         "picture": Target(_pictures, _picture, share=3),
         "lora": Target(tiny_loras, _lora),
@@ -689,11 +756,11 @@ def targets() -> dict[str, Target]:
             )
         },
         **{
-            f"step {name}": Target(lambda n=name: [step_folder()[n]], _step(name), share=0.5)
-            for name in ("manifest.json", "parts/00000.json", "parts/scores-00000.parquet")
+            f"step {name}": Target(lambda n=name: step_seeds(n), _step(name), share=0.5)
+            for name in ("manifest.json", "claim.json", "parts/00000.json", "parts/scores-00000.parquet")
         },
         "step begun": Target(
-            lambda: [step_folder()["parts/00000.json"]], _step("parts/00000.json", begun=True), share=0.5
+            lambda: step_seeds("parts/00000.json"), _step("parts/00000.json", begun=True), share=0.5
         ),
         "remembered": Target(
             lambda: [b'{"sha256 /x": {"stamp": [1, 2, 3, 4], "answer": "ab"}}'], _remembered, share=0.5

@@ -1,5 +1,6 @@
 """The studio: a page in the browser to browse groups, weigh experts and say which picture is better. Gradio; nothing comes from elsewhere."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -36,7 +37,8 @@ def serve(album: Album, host: str, port: int, say: Callable[[str], None], listed
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as problem:
         raise UserError(f"cannot listen on {host}, port {port} ({problem.strerror}): take another --host or --port, 0 finds a free one") from problem
-    page = build(album, say, listed)
+    books = Books(album, say, listed)
+    page = build(album, books)
     pages = sheets.pages()
     css = f"{pages.get_template('studio.css').render()}\n.cards {{\n{pages.get_template('cards.css').render()}}}"
     head = f"<style>{css}</style><script>{pages.get_template('studio.js').render()}</script>"  # gradio's own css= is rewritten by it
@@ -47,6 +49,7 @@ def serve(album: Album, host: str, port: int, say: Callable[[str], None], listed
     say(f"studio  http://{name}:{listener.getsockname()[1]} · {album.store.title} · ctrl-c ends it")
     if host not in LOOPBACK:
         say(f"whoever reaches {host}, by that name or an address, sees these pictures and can annotate: there is no password")
+    threading.Thread(target=books.read_ahead, daemon=True).start()
     server = uvicorn.Server(uvicorn.Config(Guard(app, host), log_level="warning", timeout_graceful_shutdown=1))
     server.run(sockets=[listener])
 
@@ -71,6 +74,11 @@ class Books:
             if (name, kind) not in self._desks:
                 self._desks[name, kind] = Desk(self.album, self._books[name], self.album.queue(kind, self.listed))
             return self._desks[name, kind]
+
+    def read_ahead(self) -> None:
+        """Read what was said before anybody clicks; what cannot be read is said at the first click."""
+        with contextlib.suppress(UserError):
+            self.crowd.look()
 
     def turn(self, name: str, kind: str, act: Callable[[Desk], str | None]) -> "Turn":
         """What a click does, and what is to be seen after it. Raises UserError where there is no desk to sit at."""
@@ -119,11 +127,10 @@ def ended(desk: Desk) -> str:
     return f"all {len(desk.queue):,} pairs of this queue are judged: choose other pairs above, or u takes the last answer back"
 
 
-def build(album: Album, say: Callable[[str], None], listed: Path | None = None) -> Any:
+def build(album: Album, books: Books) -> Any:
     """The page, not served."""
     import gradio as gr
 
-    books = Books(album, say, listed)
     with gr.Blocks(title="fdpo studio", analytics_enabled=False) as page:
         gr.HTML(_html("facts", album.store.title, _facts(album)))
         with gr.Tabs():
@@ -136,7 +143,7 @@ def build(album: Album, say: Callable[[str], None], listed: Path | None = None) 
                 with gr.Tab("Re-weight"):
                     _weigh(gr, page, album)
             with gr.Tab("Annotate"):
-                _annotate(gr, album, books, ["list", *album.queues] if listed else album.queues)
+                _annotate(gr, album, books, ["list", *album.queues] if books.listed else album.queues)
     return page
 
 

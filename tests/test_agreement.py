@@ -96,6 +96,7 @@ def test_a_line_that_is_being_written_is_read_when_it_is_whole_and_a_broken_one_
     crowd.look()
     assert crowd.counts == {"ann": 1}
     with book.path.open("ab") as file:
-        file.write(second[20:] + b'{"of": 3}\n' + b'{"of": "here", "group": "h", "left": 0, "right": 1, "verdict": "tie", "pictures": [null, null]}\n')
+        file.write(second[20:] + b'{"of": 3}\n')
+        file.write(b'{"of": "here", "group": "h", "left": 0, "right": 1, "verdict": "tie", "pictures": [null, null]}\n')
     crowd.look()
     assert crowd.counts == {"ann": 3} and len(crowd.complaints) == 1 and "ann.jsonl, line 3: this is no answer" in crowd.complaints[0]

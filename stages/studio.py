@@ -67,9 +67,9 @@ def of_run(session: Session, number: int | None, pairs: str | None = None) -> Al
 
 def _counted_by(session: Session, number: int, store: "RunStore") -> str:
     """What makes a score of what people say of this round, in words."""
-    known = next((name for name, entry in session.config.experts.items() if entry.use == "human"), None)
-    sets = "" if known else f" --set 'experts.people={{use: human, options: {{annotations: {store.folder / 'annotations'}}}}}'"
-    return f"what is said here is of round {number}; as a score it is counted by: fdpo score --round {number}{sets}"
+    people = f"experts.people={{use: human, options: {{annotations: {store.folder / 'annotations'}}}}}"
+    sets = [] if any(entry.use == "human" for entry in session.config.asked.values()) else ["--set", people]
+    return f"what is said here is of round {number}; as a score it is counted by: {session.command('score', '--round', number, *sets)}"
 
 
 class RunStore:

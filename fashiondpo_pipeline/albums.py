@@ -1,9 +1,10 @@
 """What is looked at, weighed and annotated: groups of pictures with what experts and people say of them, of a run or a pair set."""
 
+import heapq
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline import annotations, sheets
+from fashiondpo_pipeline.agreement import Agreement
 from fashiondpo_pipeline.annotations import Answer, Duel, Notebook
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.errors import UserError
@@ -46,8 +48,9 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Album:
-    """prompts: group -> prompt. pairs: group -> rows with winner, loser and margin. reasons: why a group has none. rounds: names of draws
-    from the same seeds, and how one held-out prompt's sections are read. paired: whether pairs have been made at all."""
+    """prompts: group -> prompt. pairs: group -> rows with winner, loser and margin. reasons: why a group has none. paired: whether
+    pairs have been made at all. held_out: key of a held-out prompt -> the prompt; side_by_side: how its draws from the same seeds are read,
+    (round, section) each. counted: what makes a score of what people say here, in words."""
 
     store: Store
     opinions: Opinions
@@ -56,8 +59,9 @@ class Album:
     reasons: dict[str, str]
     paired: bool
     seed: int = 7
-    held_out: tuple[str, ...] = ()
+    held_out: dict[str, str] = field(default_factory=dict)
     side_by_side: Callable[[str], list[tuple[str, "sheets.Section"]]] | None = None
+    counted: str = ""
 
     @property
     def folder(self) -> Path:
@@ -125,15 +129,22 @@ class Album:
     def reweigh(self, rule: Rule) -> Reweighed:
         return reweigh(self.opinions.grid, rule, self.before)
 
-    def duels(self, found: Reweighed, rule: Rule, most: int) -> list["sheets.Duel"]:
-        """The widest pairs that a rule turns round."""
-        pairs = found.pairs[found.flipped]
+    def turned(self, found: Reweighed, rule: Rule, most: int) -> dict[str, list["sheets.Duel"]]:
+        """The widest pairs that a rule turns round (`flipped`), makes no more (`lost`, with the reason) and makes beside (`new`)."""
+        opinions = self.opinions.under(rule)
+        return {kind: self._duels(opinions, pairs, most, kind == "lost") for kind, pairs in found.apart(self.before).items()}
+
+    def _duels(self, opinions: Opinions, pairs: Pairs, most: int, why: bool) -> list["sheets.Duel"]:
         pairs = pairs[np.argsort(-pairs.margin, kind="stable")[:most]]
         groups = self.opinions.grid.groups.take(pa.array(pairs.group)).to_pylist()
         rows = [{"group": g, "winner": int(w), "loser": int(x), "margin": float(m)}
                 for g, w, x, m in zip(groups, pairs.winner, pairs.loser, pairs.margin, strict=True)]
+        if why:
+            reasons = {row: {frozenset(two): why for *two, why in opinions.chooser.unpaired(row)} for row in set(pairs.group.tolist())}
+            for row, place in zip(rows, pairs.group.tolist(), strict=True):
+                row["why"] = reasons[place].get(frozenset((row["winner"], row["loser"])))
         some = list(dict.fromkeys(groups))
-        return sheets.Sheet(self.opinions.under(rule), self.prompts, self.store.rows(some)).duels(some, rows)
+        return sheets.Sheet(opinions, self.prompts, self.store.rows(some)).duels(some, rows)
 
     # -- annotate
 
@@ -162,24 +173,48 @@ class Album:
 
 
 class Desk:
-    """One person before a queue: which pair is asked, what was said. An answer is taken only for the pair that is on the screen."""
+    """One person before a queue: which pair is asked, what was said. An answer is taken only for the pair that is on the screen.
+
+    What a click costs depends on neither the queue's length nor on how much was said: what the notebook has changed is read on.
+    """
 
     def __init__(self, album: Album, notebook: Notebook, queue: list[Duel]):
         self.album, self.notebook, self.queue = album, notebook, queue
+        self._places = {duel: place for place, duel in enumerate(queue)}
+        self._seen = len(notebook.changes)
+        self._answered = {place for place, duel in enumerate(queue) if duel in notebook}
+        self._open = [place for place in range(len(queue)) if place not in self._answered]  # a heap, with answered ones among them
+
+    def _catch_up(self) -> None:
+        """Take in what was said since, at this queue or another."""
+        for duel in self.notebook.changes[self._seen :]:
+            place = self._places.get(duel)
+            if place is None:
+                continue
+            if duel in self.notebook:
+                self._answered.add(place)
+            elif place in self._answered:
+                self._answered.remove(place)
+                heapq.heappush(self._open, place)
+        self._seen = len(self.notebook.changes)
+        while self._open and self._open[0] in self._answered:
+            heapq.heappop(self._open)
 
     @property
-    def done(self) -> set[Duel]:
-        return {answer.duel for answer in self.notebook.answers}
+    def done(self) -> int:
+        """How many of the queue this person has answered."""
+        self._catch_up()
+        return len(self._answered)
 
     @property
     def asked(self) -> Duel | None:
         """The first of the queue that this person has not answered."""
-        done = self.done
-        return next((duel for duel in self.queue if duel not in done), None)
+        self._catch_up()
+        return self.queue[self._open[0]] if self._open else None
 
     def token(self, duel: Duel | None) -> str:
         """Names what is on the screen."""
-        return "" if duel is None else f"{len(self.notebook.answers)} {duel.first} {duel.second} {duel.group}"
+        return "" if duel is None else f"{len(self.notebook)} {duel.first} {duel.second} {duel.group}"
 
     def answer(self, shown: str, verdict: str) -> bool:
         """Keep the answer; False, and nothing kept, where another pair than `shown` is asked by now."""
@@ -204,18 +239,10 @@ def _pixels(row: dict) -> str | None:
         return None
 
 
-def agreement(answers: Sequence[Answer]) -> list[tuple[str, str]]:
+def in_words(found: Agreement) -> list[tuple[str, str]]:
     """(what, figure) of how people agree: Cohen's kappa of each two with the number of pairs both judged, Krippendorff's alpha of all."""
-    found = annotations.labels(answers)
-    names, lines = sorted(found), []
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            both = len(found[one].keys() & found[other].keys())
-            if both:
-                lines.append((f"{one} and {other}: Cohen's kappa on {both}", _figure(annotations.cohen_kappa(found[one], found[other]))))
-    if len(names) > 1:
-        lines.append(("all: Krippendorff's alpha", _figure(annotations.krippendorff_alpha(found.values()))))
-    return lines
+    lines = [(f"{one} and {other}: Cohen's kappa on {both:,}", _figure(kappa)) for one, other, both, kappa in found.kappas()]
+    return [*lines, ("all: Krippendorff's alpha", _figure(found.alpha()))] if lines else []
 
 
 def _figure(value: float) -> str:

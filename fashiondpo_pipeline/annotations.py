@@ -1,4 +1,4 @@
-"""What people say of pairs of pictures: a file a person, a line a click, no line ever changed; agreement; what to ask next.
+"""What people say of pairs of pictures: a file a person, a line a click, no line ever changed; what to ask next.
 
 A line of FOLDER/NAME.jsonl is an answer (`of`: which candidates, group, left, right, verdict, `pictures`: hashes of what was seen)
 or takes one back ({"undo": its number}), with its number and a hash of itself (see lines.py). A last line without its end is a click
@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,21 +90,37 @@ def check_name(name: str) -> None:
 
 def read(path: Path) -> list[Answer]:
     """The answers of a file that nobody took back, oldest first. Raises UserError that names every line that is not whole."""
-    standing: dict[int, Answer] = {}
+    standing = Standing(path)
     wrong = []
-    for place, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+    for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            said, number = lines.unseal(line, place)
-            answer = understand(said, number, path.stem)
-            if isinstance(answer, Answer):
-                standing[number] = answer
-            elif answer is not None and standing.pop(answer, None) is None and not lines.sealed(line):
-                raise ValueError(f"there is no answer {answer} to take back")
+            standing.take(line)
         except UNFIT as problem:
-            wrong.append(f"{path}, line {place + 1}: this is no answer ({problem}); take the line out or put it right")
+            wrong.append(f"{path}, line {standing.lines}: this is no answer ({problem}); take the line out or put it right")
     if wrong:
         raise UserError("\n".join(wrong) + f"\n{MEND}")
-    return list(standing.values())
+    return list(standing.answers.values())
+
+
+class Standing:
+    """The lines of one person's file, taken one after another. answers: those that stand, by their numbers. lines: how many were taken."""
+
+    def __init__(self, path: Path):
+        self.annotator, self.lines = path.stem, 0
+        self.answers: dict[int, Answer] = {}
+
+    def take(self, line: bytes) -> tuple[Answer | None, bool]:
+        """(the answer that comes or goes with a line, whether it stands from now on); None: neither. Raises one of UNFIT."""
+        self.lines += 1
+        said, number = lines.unseal(line, self.lines - 1)
+        found = understand(said, number, self.annotator)
+        if isinstance(found, Answer):
+            self.answers[number] = found
+            return found, True
+        gone = None if found is None else self.answers.pop(found, None)
+        if found is not None and gone is None and not lines.sealed(line):
+            raise ValueError(f"there is no answer {found} to take back")
+        return gone, False
 
 
 MEND = "`fdpo status --verify --repair` sets such lines of a run aside and keeps the others; out of a pair set, take them by hand"
@@ -132,11 +148,15 @@ def read_all(folder: Path, of: str | None = None) -> list[Answer]:
 
 
 class Notebook:
-    """One person's file, open for one process; an answer is on disk when `add` returns."""
+    """One person's file, open for one process; an answer is on disk when `add` returns, and a click costs the same however many stand.
+
+    changes: the duels that were answered, or whose answer was taken back, since it was opened, in their order.
+    """
 
     def __init__(self, folder: Path, annotator: str, of: str, say: Callable[[str], None] = print):
         check_name(annotator)
         self.annotator, self.of, self.path = annotator, of, folder / f"{annotator}.jsonl"
+        self.changes: list[Duel] = []
         self.turn = threading.RLock()  # one click at a time, whichever queue it comes from
         try:
             self._open(folder, say)
@@ -160,7 +180,8 @@ class Notebook:
         self._drop_unfinished_line(say)
         self._tally = lines.Tally(self.path)
         self._lines = found.next_number
-        self._answers = read(self.path)
+        self._answers = [answer for answer in read(self.path) if answer.of == self.of]
+        self._said = Counter(answer.duel for answer in self._answers)
 
     def _drop_unfinished_line(self, say: Callable[[str], None]) -> None:
         data = self.path.read_bytes()
@@ -172,7 +193,15 @@ class Notebook:
     @property
     def answers(self) -> list[Answer]:
         """What stands of these candidates."""
-        return [answer for answer in self._answers if answer.of == self.of]
+        return list(self._answers)
+
+    def __len__(self) -> int:
+        """How many answers stand of these candidates."""
+        return len(self._answers)
+
+    def __contains__(self, duel: Duel) -> bool:
+        """Whether an answer to this duel stands."""
+        return self._said[duel] > 0
 
     def add(self, group: str, left: int, right: int, verdict: str, pictures: Sequence[str | None] = (None, None)) -> Answer:
         assert verdict in VERDICTS and left != right
@@ -181,17 +210,20 @@ class Notebook:
             answer = Answer(self._lines, self.annotator, self.of, group, left, right, verdict, (pictures[0], pictures[1]))
             self._append(said)
             self._answers.append(answer)
+            self._said[answer.duel] += 1
+            self.changes.append(answer.duel)
         return answer
 
     def undo(self) -> Answer | None:
         """Take back the last answer that stands, and return it."""
         with self.turn:
-            answers = self.answers
-            if not answers:
+            if not self._answers:
                 return None
-            self._append({"undo": answers[-1].number})
-            self._answers.remove(answers[-1])
-            return answers[-1]
+            self._append({"undo": self._answers[-1].number})
+            answer = self._answers.pop()
+            self._said[answer.duel] -= 1
+            self.changes.append(answer.duel)
+            return answer
 
     def _append(self, line: dict) -> None:
         """Put a line on disk. Raises UserError, and leaves the file as it was, where there is no room."""
@@ -220,49 +252,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# -- agreement
-
-def labels(answers: Iterable[Answer]) -> dict[str, dict[Duel, str]]:
-    """Annotator -> duel -> first, second, tie or both_bad; what was skipped is not there."""
-    found: dict[str, dict[Duel, str]] = {}
-    for answer in answers:
-        if answer.label is not None:
-            found.setdefault(answer.annotator, {})[answer.duel] = answer.label
-    return found
-
-
-def cohen_kappa(one: Mapping, other: Mapping) -> float:
-    """(p_o - p_e) / (1 - p_e) over what both labelled; NaN where nothing is or chance alone would agree.  Cohen 1960, eq. 1.
-
-    p_o: share labelled alike. p_e: the same if each gave their own shares of labels at random.
-    """
-    both = one.keys() & other.keys()
-    if not both:
-        return float("nan")
-    observed = sum(one[item] == other[item] for item in both) / len(both)
-    shares = [Counter(found[item] for item in both) for found in (one, other)]
-    chance = sum(shares[0][label] * shares[1][label] for label in shares[0]) / len(both) ** 2
-    return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
-
-
-def krippendorff_alpha(found: Iterable[Mapping[Any, str]]) -> float:
-    """1 - D_o / D_e of nominal labels, any number of annotators, gaps allowed; NaN without disagreement to expect.  Krippendorff 2011.
-
-    o_ck: pairs of labels (c, k) within an item, each item's counted 1 / (its labels - 1); n_c its margins, n their sum;
-    D_o = sum of o_ck over c != k, D_e = sum of n_c n_k / (n - 1) over c != k.
-    """
-    items: dict[Any, Counter] = {}
-    for each in found:
-        for item, label in each.items():
-            items.setdefault(item, Counter())[label] += 1
-    paired = [counts for counts in items.values() if counts.total() > 1]
-    margins: Counter = sum(paired, Counter())
-    total = margins.total()
-    observed = sum((n.total() ** 2 - sum(c * c for c in n.values())) / (n.total() - 1) for n in paired)
-    expected = (total**2 - sum(c * c for c in margins.values())) / (total - 1) if total > 1 else 0.0
-    return 1 - observed / expected if expected else float("nan")
 
 
 # -- what to ask

@@ -193,6 +193,13 @@ class Reweighed:
     change: dict[str, int]
     flipped: np.ndarray
 
+    def apart(self, before: Pairs) -> dict[str, Pairs]:
+        """What the rule changes, beside the pairs `before`: `flipped` and `new` of its own, and of those before what is `lost`."""
+        k = self.chooser.grid.k
+        kept, turned = preferences.shared(self.pairs, before, k), preferences.flipped(self.pairs, before, k)
+        stays = preferences.shared(before, self.pairs, k)
+        return {"flipped": self.pairs[self.flipped], "lost": before[~kept & ~turned], "new": self.pairs[~stays & ~self.flipped]}
+
 
 def reweigh(grid: Grid, rule: Rule, before: Pairs) -> Reweighed:
     """The pairs that `rule` makes of cached scores, beside those `before`, made of the same grid."""

@@ -291,6 +291,11 @@ def flipped(before: Pairs, after: Pairs, k: int) -> np.ndarray:
     return _is_in(Pairs(after.group, after.loser, after.winner, after.margin), before, k)
 
 
+def shared(before: Pairs, after: Pairs, k: int) -> np.ndarray:
+    """Which pairs of `after` stand the same way in `before`; a bool each."""
+    return _is_in(after, before, k)
+
+
 def _is_in(some: Pairs, others: Pairs, k: int) -> np.ndarray:
     """Which of some pairs are among others; each pair by itself is one number."""
     if not len(some) or not len(others):

@@ -56,7 +56,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Duel:
-    """One pair and each expert's gap; `section` is the number of its group's section."""
+    """One pair and each expert's gap; `section` is the number of its group's section. why: why it is a pair no more, where it is none."""
 
     section: int
     prompt: str
@@ -64,6 +64,7 @@ class Duel:
     loser: Card
     margin: float
     gaps: list[Bar]
+    why: str | None = None
 
 
 class Sheet:
@@ -107,7 +108,7 @@ class Sheet:
         return [
             Duel(numbers[pair["group"]], self.prompts[pair["group"]], self._card(pair["group"], pair["winner"]),
                  self._card(pair["group"], pair["loser"]), pair["margin"],
-                 [self._bar(name, f"{value:+.2f}", value, widest) for name, value in gap.items()])
+                 [self._bar(name, f"{value:+.2f}", value, widest) for name, value in gap.items()], pair.get("why"))
             for pair, gap in zip(pairs, gaps, strict=True)
         ]
 

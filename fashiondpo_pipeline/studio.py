@@ -1,84 +1,27 @@
 """The studio: a page in the browser to browse groups, weigh experts and say which picture is better. Gradio; nothing comes from elsewhere."""
 
-import ipaddress
+import contextlib
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fashiondpo_pipeline import annotations, preferences, sheets
-from fashiondpo_pipeline.albums import KINDS, ORDERS, Album, Desk, agreement
-from fashiondpo_pipeline.annotations import Notebook
+from fashiondpo_pipeline.albums import KINDS, ORDERS, Album, Desk, in_words
+from fashiondpo_pipeline.annotations import Duel, Notebook
+from fashiondpo_pipeline.crowd import Crowd
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.guard import LOOPBACK, Guard
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-FLIPS = 12  # pairs shown of those that flip
+SHOWN = 12  # pairs of each kind that a rule flips, loses or makes
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of what a click does
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# What the page needs; gradio has routes for files, uploads and proxies too, and they answer 404.
-_EXACT = {"/", "/config", "/theme.css", "/gradio_api/startup-events", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/info",
-          "/gradio_api/app_id", "/gradio_api/reset", "/gradio_api/cancel"}
-_BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
-POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; img-src 'self' data: blob:; "
-          "form-action 'none'; frame-ancestors 'none'; base-uri 'self'")
-
-
-class Guard:
-    """Lets through what the page needs, from the page's own origin, and forbids the browser to load anything from elsewhere."""
-
-    def __init__(self, app: Any, host: str):
-        self.app, self.hosts, self.open = app, {*LOOPBACK, host.lower()}, host not in LOOPBACK
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-        status = self.refuses(scope)
-        if status:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-            await send({"type": "http.response.body", "body": b""})
-            return
-
-        async def sealed(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                more = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-                message = message | {"headers": [*message["headers"], *more]}
-            await send(message)
-
-        await self.app(scope, receive, sealed)
-
-    def refuses(self, scope: dict) -> int:
-        """The status to answer with instead; 0: let it through."""
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        host = headers.get(b"host", "")
-        origin = headers.get(b"origin")
-        try:
-            name, apart = urlsplit(f"//{host}").hostname or "", bool(origin) and urlsplit(origin).netloc != host
-        except ValueError:
-            return 403
-        if apart or not (name in self.hosts or (self.open and _is_address(name))):
-            return 403  # another name that leads here: a page elsewhere would be this page's equal
-        path = scope["path"].rstrip("/") or "/"
-        if ".." in path.split("/") or not (path in _EXACT or path.startswith(_BELOW)):
-            return 404
-        return 0
-
-
-def _is_address(name: str) -> bool:
-    """Whether this is an IP address, which nobody else can make lead here."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def serve(album: Album, host: str, port: int, say: Callable[[str], None], listed: Path | None = None) -> None:
@@ -94,7 +37,8 @@ def serve(album: Album, host: str, port: int, say: Callable[[str], None], listed
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as problem:
         raise UserError(f"cannot listen on {host}, port {port} ({problem.strerror}): take another --host or --port, 0 finds a free one") from problem
-    page = build(album, say, listed)
+    books = Books(album, say, listed)
+    page = build(album, books)
     pages = sheets.pages()
     css = f"{pages.get_template('studio.css').render()}\n.cards {{\n{pages.get_template('cards.css').render()}}}"
     head = f"<style>{css}</style><script>{pages.get_template('studio.js').render()}</script>"  # gradio's own css= is rewritten by it
@@ -105,20 +49,25 @@ def serve(album: Album, host: str, port: int, say: Callable[[str], None], listed
     say(f"studio  http://{name}:{listener.getsockname()[1]} · {album.store.title} · ctrl-c ends it")
     if host not in LOOPBACK:
         say(f"whoever reaches {host}, by that name or an address, sees these pictures and can annotate: there is no password")
+    threading.Thread(target=books.read_ahead, daemon=True).start()
     server = uvicorn.Server(uvicorn.Config(Guard(app, host), log_level="warning", timeout_graceful_shutdown=1))
     server.run(sockets=[listener])
 
 
 class Books:
-    """The notebooks that are open, one a person, and the desks they sit at."""
+    """The notebooks that are open, one a person, the desks they sit at, and what everybody has said."""
 
     def __init__(self, album: Album, say: Callable[[str], None], listed: Path | None):
         self.album, self.say, self.listed = album, say, listed
+        self.crowd = Crowd(album.folder, album.store.of)
         self._books: dict[str, Notebook] = {}
         self._desks: dict[tuple[str, str], Desk] = {}
         self._lock = threading.Lock()
 
     def desk(self, name: str, kind: str) -> Desk:
+        """Raises UserError for a name that names no file, or one that is in use."""
+        if not name:
+            raise UserError("write your name above first: what you say is kept in a file of that name")
         with self._lock:
             if name not in self._books:
                 self._books[name] = Notebook(self.album.folder, name, self.album.store.of, self.say)
@@ -126,12 +75,62 @@ class Books:
                 self._desks[name, kind] = Desk(self.album, self._books[name], self.album.queue(kind, self.listed))
             return self._desks[name, kind]
 
+    def read_ahead(self) -> None:
+        """Read what was said before anybody clicks; what cannot be read is said at the first click."""
+        with contextlib.suppress(UserError):
+            self.crowd.look()
 
-def build(album: Album, say: Callable[[str], None], listed: Path | None = None) -> Any:
+    def turn(self, name: str, kind: str, act: Callable[[Desk], str | None]) -> "Turn":
+        """What a click does, and what is to be seen after it. Raises UserError where there is no desk to sit at."""
+        desk = self.desk(name, kind)
+        with desk.notebook.turn:
+            try:
+                said = act(desk) or ""
+            except UserError as problem:
+                said = str(problem)  # the pair stays on the screen, to be judged again
+            duel, done = desk.asked, desk.done
+            token = desk.token(duel)
+        self.crowd.look()
+        return Turn(desk, duel, token, said or ("" if duel else ended(desk)), done)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a person sees: the pair that is asked and what names it, what is said to them, and how many of the queue are done."""
+
+    desk: Desk
+    duel: Duel | None
+    token: str
+    said: str
+    done: int
+
+
+def answer(verdict: str, shown: str) -> Callable[[Desk], str | None]:
+    """Keep a verdict on the pair on the screen, which `shown` names; what to say."""
+    def act(desk: Desk) -> str | None:
+        if desk.answer(shown, verdict) or not desk.asked:
+            return None  # with nothing on the screen there is nothing to judge
+        return "that was not the pair on the screen"
+
+    return act
+
+
+def take_back(desk: Desk) -> str:
+    found = desk.undo()
+    return f"taken back: {found.verdict.replace('_', ' ')}" if found else "there is nothing to take back"
+
+
+def ended(desk: Desk) -> str:
+    """What is said when nothing is left to ask."""
+    if not desk.queue:
+        return "there is nothing to judge in this queue: choose other pairs above"
+    return f"all {len(desk.queue):,} pairs of this queue are judged: choose other pairs above, or u takes the last answer back"
+
+
+def build(album: Album, books: Books) -> Any:
     """The page, not served."""
     import gradio as gr
 
-    books = Books(album, say, listed)
     with gr.Blocks(title="fdpo studio", analytics_enabled=False) as page:
         gr.HTML(_html("facts", album.store.title, _facts(album)))
         with gr.Tabs():
@@ -144,7 +143,7 @@ def build(album: Album, say: Callable[[str], None], listed: Path | None = None) 
                 with gr.Tab("Re-weight"):
                     _weigh(gr, page, album)
             with gr.Tab("Annotate"):
-                _annotate(gr, album, books, ["list", *album.queues] if listed else album.queues)
+                _annotate(gr, album, books, ["list", *album.queues] if books.listed else album.queues)
     return page
 
 
@@ -191,7 +190,8 @@ def _browse(gr: Any, page: Any, album: Album) -> None:
 
 def _rounds(gr: Any, page: Any, album: Album) -> None:
     label = "held-out prompt, drawn in every round from the same seeds"
-    prompt = gr.Dropdown(list(album.held_out), value=album.held_out[0], label=label, elem_id="held-out")
+    first, choices = next(iter(album.held_out)), [(prompt, group) for group, prompt in album.held_out.items()]
+    prompt = gr.Dropdown(choices, value=first, label=label, elem_id="held-out")
     shown = gr.HTML(elem_id="rounds")
 
     def show(group: str) -> str:
@@ -200,7 +200,7 @@ def _rounds(gr: Any, page: Any, album: Album) -> None:
         return _html("rounds", rows[0][1].prompt, rows) if rows else _html("said", "no round has drawn it")
 
     prompt.change(show, prompt, shown, **QUIET)
-    page.load(lambda: show(album.held_out[0]), None, shown, **QUIET)
+    page.load(lambda: show(first), None, shown, **QUIET)
 
 
 def _weigh(gr: Any, page: Any, album: Album) -> None:
@@ -237,7 +237,7 @@ def _weigh(gr: Any, page: Any, album: Album) -> None:
         seconds = time.perf_counter() - started
         correlation = preferences.rank_correlation(album.opinions.mixed, found.chooser.mixed)
         change = found.change | {"before": len(album.before), "after": len(found.pairs)}
-        return _html("reweighed", change, 0, seconds, f"{correlation:.2f}", album.duels(found, wanted, FLIPS))
+        return _html("reweighed", change, seconds, f"{correlation:.2f}", album.turned(found, wanted, SHOWN))
 
     def keep(*values: Any) -> str:
         try:
@@ -272,43 +272,40 @@ def _annotate(gr: Any, album: Album, books: Books, kinds: list[str]) -> None:
 
     def turn(name: str, kind: str, act: Callable[[Desk], str | None]) -> tuple:
         try:
-            desk = books.desk((name or "").strip(), kind)
+            found = books.turn((name or "").strip(), kind, act)
         except UserError as problem:
-            return _html("said", str(problem)), "", "", gr.update(visible=False), ""
-        try:
-            said = act(desk) or ""
-        except UserError as problem:
-            said = str(problem)  # the pair stays on the screen, to be judged again
-        duel = desk.asked
-        everyone = annotations.read_all(album.folder, album.store.of)
-        counts = sorted({a.annotator: sum(b.annotator == a.annotator for b in everyone) for a in everyone}.items())
-        done = len(desk.done & set(desk.queue))
-        below = _html("tally", counts, agreement(everyone), f"{done:,}", f"{len(desk.queue):,}")
+            return _html("said", str(problem)), "", "", gr.update(visible=False), "", *judging(False)
+        desk, duel, crowd = found.desk, found.duel, books.crowd
+        below = _html("tally", list(crowd.counts.items()), in_words(crowd.agreement), f"{found.done:,}", f"{len(desk.queue):,}",
+                      [*crowd.complaints, *counted])
+        said, seen = _html("said", found.said), gr.update(visible=True)
         if duel is None:
-            return _html("said", said or "nothing is left in this queue"), "", "", gr.update(visible=True), below
+            return said, "", "", seen, below, *judging(False)
         cards = {card.number: card for card in album.section(duel.group).cards}
         left, right = duel.sides(desk.notebook.annotator)
-        asked = _html("question", album.prompts[duel.group], cards[left], cards[right])
-        return _html("said", said), asked, desk.token(duel), gr.update(visible=True), below
+        return said, _html("question", album.prompts[duel.group], cards[left], cards[right]), found.token, seen, below, *judging(True)
 
-    def answer(verdict: str) -> Callable[[str, str, str], tuple]:
-        return lambda name, kind, shown: turn(name, kind, lambda desk: None if desk.answer(shown, verdict) else "that was not the pair on the screen")
+    def judging(there: bool) -> list:
+        """The buttons that judge, to be seen while there is something to judge: a key presses what is seen."""
+        return [gr.update(visible=there) for _ in buttons]
 
-    def take_back(desk: Desk) -> str:
-        found = desk.undo()
-        return f"taken back: {found.verdict.replace('_', ' ')}" if found else "there is nothing to take back"
+    def judge(verdict: str) -> Callable[[str, str, str], tuple]:
+        return lambda name, kind, shown: turn(name, kind, answer(verdict, shown))
 
     def keep(label: str) -> str:
         try:
-            annotations.check_name(label or "")
+            if not label:
+                raise UserError("write the new folder's name first")
+            annotations.check_name(label)
             return _html("said", album.store.save_labels(label, annotations.read_all(album.folder, album.store.of)))
         except (UserError, OSError) as problem:
             return _html("said", str(problem))
 
-    parts = [told, question, shown, answers, tally]
+    counted = [album.counted] if album.counted else []
+    parts = [told, question, shown, answers, tally, *buttons.values()]
     for event in (start.click, name.submit):
         event(lambda name, kind: turn(name, kind, lambda desk: None), [name, kind], parts, **QUIET)
     for verdict, button in buttons.items():
-        button.click(answer(verdict), [name, kind, shown], parts, trigger_mode="once", **QUIET)
+        button.click(judge(verdict), [name, kind, shown], parts, trigger_mode="once", **QUIET)
     undo.click(lambda name, kind: turn(name, kind, take_back), [name, kind], parts, trigger_mode="once", **QUIET)
     save.click(keep, label, told, **QUIET)

@@ -61,7 +61,15 @@ def of_run(session: Session, number: int | None, pairs: str | None = None) -> Al
     for row in session.output(r.pair).table("pairs", ["group", "winner", "loser", "margin"]).to_pylist():
         made.setdefault(row["group"], []).append(row)
     rounds = HeldOut(session, rule)
-    return Album(store, shelf.opinions, shelf.prompts, made, shelf.reasons(), True, session.config.seed, tuple(rounds.groups), rounds.side_by_side)
+    return Album(store, shelf.opinions, shelf.prompts, made, shelf.reasons(), True, session.config.seed, rounds.prompts, rounds.side_by_side,
+                 _counted_by(session, r.number, store))
+
+
+def _counted_by(session: Session, number: int, store: "RunStore") -> str:
+    """What makes a score of what people say of this round, in words."""
+    people = f"experts.people={{use: human, options: {{annotations: {store.folder / 'annotations'}}}}}"
+    sets = [] if any(entry.use == "human" for entry in session.config.asked.values()) else ["--set", people]
+    return f"what is said here is of round {number}; as a score it is counted by: {session.command('score', '--round', number, *sets)}"
 
 
 class RunStore:
@@ -113,11 +121,12 @@ class HeldOut:
         self._read: dict[int, tuple[pa.Table, Opinions]] = {}
 
     @property
-    def groups(self) -> list[str]:
-        """The held-out prompts, by their keys."""
+    def prompts(self) -> dict[str, str]:
+        """The held-out prompts by their keys."""
         if not self.rounds:
-            return []
-        return pc.unique(self.session.output(self.rounds[0].held_out).table("candidates", ["group"])["group"]).to_pylist()
+            return {}
+        table = self.session.output(self.rounds[0].held_out).table("candidates", ["group", "prompt"])
+        return dict(zip(table["group"].to_pylist(), table["prompt"].to_pylist(), strict=True))
 
     def side_by_side(self, group: str) -> list[tuple[str, sheets.Section]]:
         """(round, its candidates in the order of their seeds) of one prompt."""

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fashiondpo_pipeline import annotations
-from fashiondpo_pipeline.annotations import Answer, Duel, Notebook, cohen_kappa, krippendorff_alpha
+from fashiondpo_pipeline.agreement import cohen_kappa, krippendorff_alpha
+from fashiondpo_pipeline.annotations import Answer, Duel, Notebook
 from fashiondpo_pipeline.errors import UserError
 
 
@@ -221,11 +222,6 @@ def test_whoever_agrees_with_themselves_agrees_wholly(one):
     wholly = 1.0 if len(set(one.values())) > 1 else float("nan")
     assert cohen_kappa(one, one) == pytest.approx(wholly, nan_ok=True)
     assert krippendorff_alpha([one, one, one]) == pytest.approx(wholly, nan_ok=True)
-
-
-def test_labels_leave_out_what_was_skipped():
-    found = annotations.labels([answer(0, 1, "left"), answer(0, 2, "skip"), answer(2, 1, "left", annotator="bob")])
-    assert found == {"ann": {Duel("g", 0, 1): "first"}, "bob": {Duel("g", 1, 2): "second"}}
 
 
 # -- queues

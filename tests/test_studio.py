@@ -17,12 +17,13 @@ from made_runs import GROUPS, PROMPTS, ROOT, colour, made, session_of  # noqa: F
 from whole_runs import refused
 
 from fashiondpo_pipeline import albums, annotations, pairsets, schemas, sheets
+from fashiondpo_pipeline.agreement import Agreement
 from fashiondpo_pipeline.albums import Desk
 from fashiondpo_pipeline.annotations import Duel, Notebook
 from fashiondpo_pipeline.codecs import encode_png
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.guard import Guard
 from fashiondpo_pipeline.pairsets import PairSet
-from fashiondpo_pipeline.studio import Guard
 from stages.studio import of_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -380,10 +381,8 @@ def test_nothing_said_is_nothing_saved(tmp_path):
 
 
 def test_agreement_in_words():
-    def said(annotator: str, *verdicts: str) -> list[annotations.Answer]:
-        return [annotations.Answer(n, annotator, "set", f"g{n}", 0, 1, verdict, (None, None)) for n, verdict in enumerate(verdicts)]
-
-    lines = albums.agreement([*said("ann", "left", "right", "left", "right"), *said("bob", "left", "right", "right", "right")])
+    words = {"ann": "left right left right", "bob": "left right right right"}
+    lines = albums.in_words(Agreement.of({name: dict(enumerate(said.split())) for name, said in words.items()}))
     assert lines[0] == ("ann and bob: Cohen's kappa on 4", "0.50"), "p_o 3/4, p_e 1/4 * 1/2 + 3/4 * 1/2 = 1/2"
     assert lines[1][0] == "all: Krippendorff's alpha"
 

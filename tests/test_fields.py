@@ -15,7 +15,7 @@ from original_names import single_file
 from safetensors.torch import save_file
 
 from fashiondpo_pipeline import diffusion, seeds
-from fashiondpo_pipeline.checkpoints import Folder
+from fashiondpo_pipeline.checkpoints import Folder, open_source
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
@@ -414,13 +414,15 @@ def test_everything_that_is_read_of_a_noise_schedule_is_tried():
             assert {noise[name] for noise in NOISES if name in noise} | {"epsilon"} >= set(field.values)
 
 
-@pytest.mark.parametrize("noise", NOISES, ids=[json.dumps(noise)[:40] for noise in NOISES])
-@pytest.mark.parametrize("kind", KINDS)
+TRIED = [(kind, noise) for kind in KINDS for noise in NOISES if noise.keys() <= arguments(kind)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise"), TRIED, ids=[f"{kind}-{json.dumps(noise)[:40]}" for kind, noise in TRIED]
+)
 def test_the_noise_is_that_of_the_models_own_class_and_the_walk_that_of_ddim(folders, says, kind, noise):
     """A file of this class with this field alone: what it lacks is as its own class takes it."""
     known = arguments(kind)
-    if not noise.keys() <= known:
-        pytest.skip(f"{kind} has no {', '.join(noise)}")
     noise = noise | ({"prediction_type": "v_prediction"} if "rescale_betas_zero_snr" in noise else {})
     noise = noise | ({"clip_sample": False} if "clip_sample" in known else {})
     every = json.loads((folders["sdxl"] / "scheduler" / "scheduler_config.json").read_text())
@@ -824,3 +826,31 @@ def test_a_family_may_bring_tables_of_its_own(folders, says):
     assert "glow" in refused(folders["sd"])[0]
     found = Clipped(checkpoints.open_source(str(folders["sd"])), Options())
     assert isinstance(found, DiffusersModel) and found.configuration("vae")["glow"] == 1
+
+
+# -- what earlier versions drew of such models is made anew, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "values", "steps", "latents"),
+    [
+        ("sd", "scheduler", {}, False, False),
+        ("sd", "scheduler", {"timestep_spacing": "linspace"}, True, False),
+        ("sd", "scheduler", {"timestep_spacing": "trailing"}, False, False),  # 10 steps are even ones
+        ("sd", "scheduler", {"timestep_spacing": "trailing", "num_train_timesteps": 999}, True, False),
+        ("sd", "scheduler", {"steps_offset": 0}, True, False),
+        ("sdxl", "scheduler", {"steps_offset": 0}, False, False),
+        ("sdxl", "vae", SPREAD, True, True),
+        ("sd3", "scheduler", {}, False, False),
+        ("flux", "scheduler", {}, False, False),
+    ],
+)
+def test_a_model_that_was_read_otherwise_is_drawn_anew(folders, says, family, part, values, steps, latents):
+    says(part, values)
+    source = open_source(str(folders[family]))
+    assert (source.drawn_anew(10), source.drawn_anew(None)) == (steps, latents)
+
+
+def test_the_shipped_default_is_not_drawn_anew():
+    assert not open_source("embedded:fashion_mini/generator").drawn_anew(10)
+    assert not open_source("somebody/some-model", "0" * 40).drawn_anew(10), "nothing of a hub is fetched to be looked at"

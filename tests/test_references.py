@@ -15,6 +15,7 @@ from fashiondpo_pipeline.reference import Reference
 from fashiondpo_pipeline.sampling import predict
 from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.training import Batch, signal_of
+from stages import COMPARING, VERSIONS
 from stages.trained_on import Candidates
 
 SHARE, DECAY = 0.25, 0.8
@@ -200,3 +201,24 @@ def test_the_policy_itself_is_not_disturbed_by_asking(rounds):
         before = {name: weight.detach().clone() for name, weight in opened.weights.items()}
         opened.reference.at(opened.batch())
         assert all(torch.equal(weight, before[name]) for name, weight in opened.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("sets", "raised"),
+    [
+        ((), [0, 0]),
+        (("finetune.reference=mix",), [0, 0]),
+        (("finetune.reference=mix", "finetune.objective=nft"), [0, 1]),
+        (("finetune.reference=mix", "finetune.objective={step_dpo: 1, anchor: 0.1}"), [0, 1]),
+        (("finetune.objective=dspo", "sample.predictions=true"), [0, 0]),
+        (("finetune.objective=dspo", "sample.predictions=true", "finetune.condition_dropout=0.1"), [1, 1]),
+        (("finetune.objective=dspo", "finetune.condition_dropout=0.1"), [0, 0]),
+    ],
+)
+def test_trainings_that_were_held_to_another_model_are_stale_and_no_others(shop, sets, raised):
+    rounds = shop.session(*sets).chain(2).rounds[1:]
+    assert [r.finetune.version - VERSIONS["finetune"] for r in rounds] == raised
+
+
+def test_objectives_that_compare_are_known_by_name():
+    assert set(COMPARING) == {name for name, found in BUILTIN.items() if "ref_prediction" in found.needs}

@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,17 @@ def decode_picture(data: bytes | None, where: str) -> Image.Image:
     Of an animation it is the first picture. 16 bits a colour become 8. Every part of the package that looks at pixels does it through here.
     `where` names the picture in an error.
     """
+    picture = _opened(data, where, lambda picture: picture.load())
+    depth = data[24] if data and picture.format == "PNG" else 8  # bits a colour, in its first chunk
+    return _opaque(_upright(picture), depth)
+
+
+def check_kind(data: bytes | None, where: str = "") -> None:
+    """Raises BadPicture for what does not begin as a picture, or says that it is too large; its pixels are not looked at."""
+    _opened(data, where, lambda picture: None)
+
+
+def _opened(data: bytes | None, where: str, then: Callable[[Image.Image], Any]) -> Image.Image:
     if not data:
         raise BadPicture(where, "there is no picture")
     try:
@@ -47,15 +59,14 @@ def decode_picture(data: bytes | None, where: str) -> Image.Image:
             picture: Image.Image = Image.open(io.BytesIO(data), formats=list(KINDS))
         if picture.width * picture.height > MOST_PIXELS:
             raise BadPicture(where, "its pixels are too many", f"{picture.width}x{picture.height}, at most {MOST_PIXELS:,}", "shrink it")
-        picture.load()
+        then(picture)
     except (*_BROKEN, Image.DecompressionBombError) as problem:
         if is_pointer(data):
             raise BadPicture(where, "a git LFS pointer stands where the picture should be", remedy=PULL) from problem
         # Pillow names the buffer by its address, and what a table says must not change from run to run
         detail = "it is none" if isinstance(problem, UnidentifiedImageError) else problem
         raise BadPicture(where, "the picture cannot be read", detail) from problem
-    depth = data[24] if picture.format == "PNG" else 8  # bits a colour, in its first chunk
-    return _opaque(_upright(picture), depth)
+    return picture
 
 
 def _opaque(picture: Image.Image, depth: int) -> Image.Image:

@@ -133,6 +133,10 @@ class Session:
     def prompts(self) -> dict[str, Prompts]:
         section = self.config.prompts
         splits = open_splits(locate(section.file), section.held_out, {TRAIN: section.most_train, HELD_OUT: section.most_held_out})
+        if any("reference" in expert.needs for expert in self._experts.values()):
+            from fashiondpo_pipeline import references  # which opens pictures: most runs need none of that
+
+            splits = references.filled(splits, locate(section.file))
         for name, found in splits.items():
             if not len(found):
                 raise UserError(f"{section.file}: no {name} prompts; add some, or change prompts.held_out")

@@ -18,7 +18,7 @@ def locate(path: str, base: Path | None = None) -> Path:
     """The file or folder that a configuration names; a relative one lies beside `base` (the working folder if None)."""
     if path.startswith(PREFIX):
         found = (root() / path.removeprefix(PREFIX)).resolve()
-        if root() not in found.parents:
+        if root().resolve() not in found.parents:  # data/ of a checkout may be a link
             raise UserError(f"'{path}' leaves the embedded data: name something inside {root()}")
         return found
     return (base or Path()) / Path(path).expanduser()

@@ -1,10 +1,12 @@
 """Every field of an accepted model's configuration is read, built into its network, idle here, or refused by name."""
 
+import contextlib
 import importlib
 import inspect
 import json
 import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import diffusers
 import families
@@ -13,6 +15,8 @@ import pytest
 import torch
 from original_names import single_file
 from safetensors.torch import save_file
+from whole_runs import prepare
+from whole_runs import refused as refuses
 
 from fashiondpo_pipeline import diffusion, seeds
 from fashiondpo_pipeline.checkpoints import Folder, open_source
@@ -245,6 +249,15 @@ def test_a_scheduler_of_another_kind_is_refused_by_its_class(folders, tmp_path, 
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", kind]}))
     assert refused(folder)[0].startswith(says), "the word of the whole"
+
+
+def test_it_is_refused_before_anything_is_drawn(folders, tmp_path, tiny_clip):
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "m")
+    diffusers.EDMEulerScheduler().save_pretrained(folder / "scheduler")
+    with contextlib.chdir(prepare(tmp_path / "place", folder, tiny_clip)):
+        for command in (("round", "--n", "1"), ("plan",)):
+            assert "its scheduler is a 'EDMEulerScheduler', whose meaning is not known here" in refuses(*command)
+        assert not list(Path("runs").rglob("*.parquet"))
 
 
 @pytest.mark.parametrize(

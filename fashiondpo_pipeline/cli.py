@@ -31,8 +31,8 @@ class Commands(typer.core.TyperGroup):
             if not_allowed(problem):
                 _fail(f"{problem.filename} is not ours to read or write ({problem.strerror}): work in a folder of your own, or mend its permissions")  # type: ignore[attr-defined]
             if no_such_place(problem):
-                name = str(problem.filename)  # type: ignore[attr-defined]
-                _fail(f"{name if len(name) < 200 else name[:60] + '…'}: {problem.strerror}: name another place")  # type: ignore[attr-defined]
+                place = str(problem.filename)  # type: ignore[attr-defined]
+                _fail(f"{place if len(place) < 200 else place[:60] + '…'}: {problem.strerror}: name another place")  # type: ignore[attr-defined]
             if not disk_is_full(problem):
                 first_to_fail()  # so that the others end without a word
                 raise
@@ -110,7 +110,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def round(
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds the run has when this returns; default: as configured")] = None,
-    rounds: NotN = None,
+    no_rounds: NotN = None,
     config: ConfigFile = None,
     sets: Sets = None,
     name: RunName = None,
@@ -291,7 +291,7 @@ def clean(
 
 @app.command()
 def plan(n: Annotated[int | None, typer.Option("--n", "-n", min=1, help="rounds; default: as configured")] = None,
-         rounds: NotN = None,
+         no_rounds: NotN = None,
          probe: Annotated[bool, typer.Option("--probe", help="do a little of each kind of work first: seconds, memory, pictures' bytes")] = False,
          config: ConfigFile = None, sets: Sets = None, name: RunName = None) -> None:
     """What a run will cost before anything runs: rows, bytes and denoiser forwards of each step; with --probe hours and memory too."""

@@ -143,8 +143,7 @@ class Album:
             reasons = {row: {frozenset(two): why for *two, why in opinions.chooser.unpaired(row)} for row in set(pairs.group.tolist())}
             for row, place in zip(rows, pairs.group.tolist(), strict=True):
                 row["why"] = reasons[place].get(frozenset((row["winner"], row["loser"])))
-        some = list(dict.fromkeys(groups))
-        return sheets.Sheet(opinions, self.prompts, self.store.rows(some)).duels(some, rows)
+        return sheets.Sheet(opinions, self.prompts, self.store.rows(list(dict.fromkeys(groups)))).duels([], rows)
 
     # -- annotate
 

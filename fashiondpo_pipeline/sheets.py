@@ -56,7 +56,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Duel:
-    """One pair and each expert's gap; `section` is the number of its group's section. why: why it is a pair no more, where it is none."""
+    """One pair and each expert's gap; `section` is the number of its group's section, 0 where there are none.
+
+    why: why it is a pair no more, of one that was.
+    """
 
     section: int
     prompt: str
@@ -101,12 +104,12 @@ class Sheet:
         return [] if self.opinions.unheard else self.opinions.chooser.unpaired(self._rows[group])
 
     def duels(self, groups: list[str], pairs: list[dict]) -> list[Duel]:
-        """The pairs, in their order; groups: the sections, in theirs."""
+        """The pairs, in their order; groups: the sections, in theirs, if there are any."""
         numbers = {group: number for number, group in enumerate(groups, 1)}
         gaps = [{name: self._gap(normal, pair) for name, normal in self.opinions.normal.items()} for pair in pairs]
         widest = max((_largest(np.array(list(gap.values()))) for gap in gaps), default=0.0)
         return [
-            Duel(numbers[pair["group"]], self.prompts[pair["group"]], self._card(pair["group"], pair["winner"]),
+            Duel(numbers.get(pair["group"], 0), self.prompts[pair["group"]], self._card(pair["group"], pair["winner"]),
                  self._card(pair["group"], pair["loser"]), pair["margin"],
                  [self._bar(name, f"{value:+.2f}", value, widest) for name, value in gap.items()], pair.get("why"))
             for pair, gap in zip(pairs, gaps, strict=True)

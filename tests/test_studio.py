@@ -1,5 +1,6 @@
 """The studio in a real browser: what is clicked is on disk, what is killed goes on, and a prompt is never more than text."""
 
+import http.client
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from made_runs import GROUPS, PROMPTS, ROOT, colour, made, session_of  # noqa: F401 - a fixture
+from made_runs import GROUPS, PROMPTS, ROOT, K, colour, made, session_of  # noqa: F401 - a fixture
 from whole_runs import refused
 
 from fashiondpo_pipeline import albums, annotations, pairsets, schemas, sheets
@@ -62,10 +63,11 @@ def pictures(count: int) -> list[dict]:
 class Served:
     """`fdpo studio ...` in a process of its own, listening on a free port."""
 
-    def __init__(self, folder: Path, *args: str, most: int | None = None):
-        """most: bytes that a file can have, as on a disk that is nearly full."""
+    def __init__(self, folder: Path, *args: str, most: int | None = None, left: Path | None = None):
+        """most: bytes that a file can have, as on a disk that is nearly full. left: the folder for what clients leave."""
         self._log = folder / "studio.log"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment |= {"GRADIO_TEMP_DIR": str(left), "TMPDIR": str(left)} if left else {}
         with self._log.open("w") as log:
             command = [sys.executable, "-m", "fashiondpo_pipeline", "studio", "--port", "0", *args]
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stderr=log, stdout=log)
@@ -226,14 +228,66 @@ def test_a_prompt_that_holds_html_is_text_and_nothing_comes_from_elsewhere(made,
 def test_a_phone_shows_both_pictures_and_every_button_without_scrolling_sideways(made, browser):  # noqa: F811
     with Served(made) as served:
         page = Page(browser, served.url, 390, 844)
-        for tab in ("Browse", "Re-weight", "Annotate"):
+        for tab in ("Browse", "Rounds", "Re-weight", "Annotate"):
             page.tab(tab)
+            page.page.wait_for_timeout(300)
             assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
         page.begin("ann")
         boxes = [box.bounding_box() for box in page.page.locator("#question figure, #answers button").all()]
         assert len(boxes) == 8
         assert all(box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
         assert boxes[0]["y"] == boxes[1]["y"], "side by side"
+        page.close()
+
+
+def test_after_the_last_pair_keys_judge_nothing_more_and_the_last_answer_can_be_taken_back(made, browser):  # noqa: F811
+    folder = made / "sets"
+    pairsets.write(folder, pictures(2), [{"group": g, "first": 0, "second": 1} for g in GROUPS], {"source": "test", "lineage": {}, "dropped": {}})
+    with Served(made, str(folder)) as served:
+        page = Page(browser, served.url)
+        page.tab("Annotate")
+        page.page.click("#start")
+        page.page.wait_for_function("document.querySelector('#told').textContent.includes('write your name above first')")
+        page.begin("ann")
+        for number in range(3):
+            page.press("ArrowLeft")
+            page.wait_done(number + 1)
+        page.page.wait_for_function("document.querySelector('#told').textContent.includes('all 3 pairs of this queue are judged')")
+        assert [page.page.is_visible(f"#{name}") for name in ("left", "tie", "bad", "right", "skip", "undo")] == [False] * 5 + [True]
+        for key in ("ArrowLeft", "t", "b", "ArrowRight", "s"):
+            page.press(key)
+        page.press("u")
+        page.wait_done(2)
+        page.page.wait_for_selector("#left")
+        assert page.page.locator("#question .question figure").count() == 2
+        page.close()
+    assert len(annotations.read(folder / "annotations/ann.jsonl")) == 2
+
+
+def test_rounds_lists_prompts_and_breaks_every_round_alike_within_the_page(made, browser):  # noqa: F811
+    with Served(made) as served:
+        for width in (1400, 390):
+            page = Page(browser, served.url, width, 900)
+            page.tab("Rounds")
+            page.page.wait_for_selector("#rounds section figure")
+            assert page.page.input_value("#held-out input") == PROMPTS["held"]
+            rows = [[figure.bounding_box() for figure in section.locator("figure").all()] for section in page.page.locator("#rounds section").all()]
+            assert len(rows) == 2 and len(rows[0]) == K
+            assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for row in rows for box in row)
+            assert [box["x"] for box in rows[0]] == [box["x"] for box in rows[1]], "a seed stands at the same place in each round"
+            page.close()
+
+
+def test_lost_pairs_are_shown_where_a_margin_grows(made, browser):  # noqa: F811
+    with Served(made) as served:
+        page = Page(browser, served.url)
+        page.tab("Re-weight")
+        page.page.wait_for_selector("#change .lost")
+        page.page.fill("#margin input[type=number]", "2.5")
+        page.page.keyboard.press("Tab")
+        page.page.wait_for_function("Number(document.querySelector('#change .lost')?.textContent) > 0")
+        assert page.page.locator("#change [data-kind=lost] article").count() == min(int(page.page.inner_text("#change .lost")), 12)
+        assert "is within the margin 2.5" in page.page.inner_text("#change [data-kind=lost] article >> nth=0")
         page.close()
 
 
@@ -273,7 +327,7 @@ def test_no_file_and_no_proxy_is_served(path):
     ],
 )
 def test_only_the_page_itself_is_answered(headers, status):
-    scope = {"path": "/gradio_api/queue/join", "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
+    scope = {"path": "/gradio_api/queue/data", "headers": [(k.encode(), v.encode()) for k, v in headers.items()]}
     assert Guard(None, "127.0.0.1").refuses(scope) == status
 
 
@@ -295,6 +349,32 @@ def test_a_served_run_answers_no_path_outside_the_page(made, browser):  # noqa: 
         for path in (f"/gradio_api/file={secret}", f"/file={secret}", "/gradio_api/upload", "/runs/made/round-01/secret.txt"):
             assert asked.get(served.url + path).status == 404
         assert asked.get(served.url + "/").status == 200
+
+
+def test_a_served_run_takes_neither_a_file_nor_a_long_message(made):  # noqa: F811
+    pytest.importorskip("gradio")
+    (made / "left").mkdir()
+    with Served(made, left=made / "left") as served:
+        host = served.url.removeprefix("http://")
+
+        def post(body, headers: dict[str, str]) -> int:
+            connection = http.client.HTTPConnection(host, timeout=120)
+            try:
+                connection.request("POST", "/gradio_api/queue/join", body, {"Content-Type": "application/json"} | headers)
+                return connection.getresponse().status
+            except (BrokenPipeError, ConnectionResetError):  # it has answered and no longer reads
+                return 413
+            finally:
+                connection.close()
+
+        ours = {"Origin": served.url}
+        body = json.dumps({"data": [None, {"path": str(made / "pipeline.yaml"), "meta": {"_type": "gradio.FileData"}}], "fn_index": 0,
+                           "session_hash": "s"})
+        assert post(body, {}) == post(body, {"Origin": "http://evil.example"}) == 403
+        assert post(body, ours) == 400
+        assert post(b"x" * (8 << 20), ours) == post((b"x" * (1 << 16) for _ in range(512)), ours) == 413
+        assert post(json.dumps({"event_id": "x", "data": [], "fn_index": 0, "session_hash": "s"}), ours) == 200, "a plain one is heard"
+    assert not list((made / "left").rglob("*.yaml"))
 
 
 # -- without a browser
@@ -359,8 +439,10 @@ def test_a_picture_that_is_not_there_is_neither_asked_about_nor_named_by_a_saved
     for left, right in ((0, 1), (1, 2)):
         book.add("evil", left, right, "left")
     book.close()
+    sample.open()
     sample.write(0, candidates=pa.Table.from_pylist(
         [row | ({"fault": "black", "picture": None} if (row["group"], row["candidate"]) == ("evil", 0) else {}) for row in rows], schemas.CANDIDATES))
+    sample.finish()
     found = of_run(session_of(made), 1)
     assert Duel("evil", 0, 1) not in found.queue("random") and len(found.queue("random")) == 3 * 6 - 3
     (made / "list.csv").write_text("group,first,second\nevil,0,1\n")

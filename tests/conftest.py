@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads round sum
 os.environ.setdefault("FDPO_CACHE", tempfile.mkdtemp(prefix="fdpo"))  # what is remembered of files is not the user's
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub id is refused at once instead of after five retries
 
+os.environ.pop("COLUMNS", None)  # what starts the tests may say how wide its terminal is; sentences are then wrapped
+
 import pytest
 import torch
 from hypothesis import settings
@@ -23,6 +25,12 @@ settings.load_profile("seeded")
 
 os.environ["FDPO_TRUST"] = "whole_runs,broken_expert,test_bad_input,test_processes,test_reliability"  # what the tests' own runs name
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="fdpo-config-")  # nobody's own list of trusted modules
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """Nobody says how wide a terminal is, so that a sentence is a line; pytest-xdist's workers are told by it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True, scope="session")

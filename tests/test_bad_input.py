@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from whole_runs import fdpo, folder_of, refused, session, table, works
+from whole_runs import fdpo, folder_of, refused, sealed_anew, session, table, works
 
 MOOD = ("--set", "experts.mood.use=whole_runs:Mood")
 
@@ -125,6 +125,7 @@ def test_another_lora_shape_between_rounds(finished):
     lora_of_rank_4.execute(chain.of(1)[:6])
     (other,) = (finished / "runs/t" / chain.rounds[1].finetune.folder / "adapter").iterdir()
     adapter.write_bytes(other.read_bytes())
+    sealed_anew(adapter.parent.parent)
     (manifest,) = (finished / "runs/t").glob("round-02/finetune-*/manifest.json")
     manifest.unlink()
     assert refused("round", "--n", "2") == (
@@ -314,6 +315,7 @@ def spoil(step, made, place: tuple[int, int]) -> dict:
     rows = parts["candidates"].to_pylist()
     rows[row]["picture"]["bytes"] = rows[row]["picture"]["bytes"][:-30]
     out.write(shard, **{**parts, "candidates": pa.Table.from_pylist(rows, parts["candidates"].schema)})
+    sealed_anew(out.folder)
     return rows[row]
 
 

@@ -1,6 +1,5 @@
 """Weights that hold numbers that are none are refused where they are read and not written where they are made; files have the umask's mode."""
 
-import json
 import os
 import stat
 
@@ -8,10 +7,9 @@ import pytest
 import torch
 from families import QUIET
 from safetensors.torch import load_file, save_file
-from whole_runs import fdpo, prepare, refused, works
+from whole_runs import fdpo, prepare, refused, sealed_anew, works
 
 from fashiondpo_pipeline import adapters
-from fashiondpo_pipeline.identity import hash_file
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 FEW = ("--set", "prompts.most_train=2", "--set", "prompts.most_held_out=1", "--set", "sample.candidates=2", "--set", "sample.steps=4",
@@ -35,10 +33,7 @@ def spoil(file, bad=float("nan")):
     with safe_open(file, "pt") as opened:
         notes = opened.metadata()
     save_file(tensors, file, metadata=notes)
-    manifest = file.parent.parent / "manifest.json"
-    found = json.loads(manifest.read_text())
-    found["files"][f"adapter/{file.name}"] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-    manifest.write_text(json.dumps(found))
+    sealed_anew(file.parent.parent)
     return name
 
 

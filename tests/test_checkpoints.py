@@ -468,7 +468,7 @@ def test_a_lora_for_another_base(place, tiny_sdxl, tmp_path):
     adapters.save(denoiser, tmp_path / "xl", StableDiffusionXLPipeline)
     file = tmp_path / "xl" / adapters.FILE
     told = whole_runs.refused("sample", "--round", "1", "--set", f"generator.lora={file}")
-    assert re.fullmatch(rf"{file} was made for another base: \d+ of its \d+ tensors fit nowhere in this UNet2DConditionModel; "
-                        "use a LoRA made for this model", told)
+    assert re.fullmatch(rf"{file} was made for another base: \d+ of its \d+ tensors fit nowhere in this UNet2DConditionModel "
+                        r"\(such as those of down_blocks\.1\.[\w.]+\); use a LoRA made for this model", told)
     assert whole_runs.refused("sample", "--round", "1", "--set", "generator.lora=no.safetensors") == (
         "generator.lora: there is nothing at no.safetensors; check the path (relative ones start in the working folder)")

@@ -31,7 +31,7 @@ NAVY, DRESS, HAT, GREY, HELD = "navy-boot", "dress", "=hat", "grey-coat", "held"
 TRAINED = [NAVY, DRESS, HAT, GREY]
 PROMPTS = {
     NAVY: "a photo of a Navy boot", DRESS: 'a <script>alert("x")</script> dress', HAT: "=SUM(A1) hat",
-    GREY: "a grey\x1b[2J coat", HELD: "a held-out shirt",
+    GREY: "a grey coat", HELD: "a held-out shirt",
 }
 SCORES = {  # taste and truth are rewarded 3 : 1, judge is watched
     "taste": {NAVY: [1, 2, 3, 4], DRESS: [1, 0, 0, 0], HAT: [5, 5, 5, 5], GREY: [None, 1, 2, 3], HELD: [1, 2, 3, 4]},
@@ -268,8 +268,10 @@ def test_files_hold_every_row_where_no_limit_is_given(root, capsys):
     assert (len(shown), shown[0], shown[-1]) == (20, 0, 29)
 
 
-def test_a_prompt_cannot_command_the_terminal(root, capsys):
-    look(root, "candidates", groups=("grey",))
+def test_a_prompt_cannot_command_the_terminal(capsys):
+    """Prompts files with such letters are refused; an imported or older table may hold them."""
+    rows = pa.table({"group": ["a"], "candidate": [0]})
+    terminal.show("", *views.cells(rows, {"a": "a grey\x1b[2J coat"}, 80))
     assert "\x1b" not in capsys.readouterr().out
 
 

@@ -52,6 +52,7 @@ COMMANDS = {  # how it is called -> its mistakes
     "inspect nothing": {"": "no table 'nothing'"},
     "status": OF_ALL | OF_CHAINS | {"--name new": "there is no run"},
     "plan": OF_ALL | OF_CHAINS | OF_TRAINING,
+    "clean": OF_ALL | OF_CHAINS | {"--name new": "there is no run"},
     "studio --port 0": OF_ALL | OF_CHAINS | {"nowhere": "neither a run", "--round 9": "round", "--list nowhere": "nowhere"},
     "fit-weights": OF_ALL | OF_CHAINS | {"": "nobody has judged", "--round 9": "round"},
     "generate": {"": "say what to draw"},

@@ -16,7 +16,8 @@ import torch
 from datasets import load_dataset
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from whole_runs import folder_of, manifests, refused, results, session, table, works
+from safetensors.torch import save_file
+from whole_runs import folder_of, manifests, refused, results, sealed_anew, session, table, works
 
 from fashiondpo_pipeline import config, diagnosis, testing
 from fashiondpo_pipeline.errors import UserError
@@ -48,7 +49,7 @@ KNOBS = {
     "generator.dtype=float16": EVERYTHING,
     "generator.prediction=epsilon": NOTHING,  # a check, not a choice
     "generator.config=elsewhere": REFUSED,  # of a single file, which this model is not
-    "generator.lora=prompts.txt": PICTURES,  # any file, as it is only hashed here
+    "generator.lora=style.safetensors": PICTURES,
     "generator.lora_scale=0.5": NOTHING,  # without a LoRA
     "prompts.file=more.txt": DRAWN,  # one training prompt more
     "prompts.file=more_held_out.txt": SHOWN,
@@ -162,6 +163,8 @@ def test_one_knob_re_runs_what_depends_on_it_and_nothing_else(place, others, kno
     prompts = (place / "prompts.txt").read_text()
     (place / "more.txt").write_text(prompts + "\na black coat")
     (place / "more_held_out.txt").write_text(prompts + "\na pink coat")
+    attention = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    save_file({f"{attention}.lora_{side}.weight": torch.ones(shape) for side, shape in (("A", (2, 8)), ("B", (8, 2)))}, place / "style.safetensors")
     change = knob
     for name, path in others.items():
         change = change.replace(name, path)
@@ -388,6 +391,7 @@ def test_a_spoilt_cache_is_noticed_at_step_0(place):
         column = paths.column_names.index("log_prob")
         parts["trajectories"] = paths.set_column(column, paths.schema.field(column), pa.array(wrong, pa.list_(pa.float64())))
         sample.write(shard, **parts)
+    sealed_anew(sample.folder)
     told = refused("finetune", "--round", "1", "--set", "finetune.step_weight=density")
     assert re.fullmatch(
         r"round 1 finetune: at step 0 the policy is its own reference, yet a margin is 100 instead of 0, as "

@@ -1,6 +1,7 @@
 """What finetuning reads from disk is what the sampler did; references, replay, memory and resumes change no number they should not."""
 
 import contextlib
+import io
 import math
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from fashiondpo_pipeline.reference import Reference
 from fashiondpo_pipeline.sampling import Guidance, sample
 from fashiondpo_pipeline.terms import terms_of
 from fashiondpo_pipeline.training import Batch, Unit, accumulate
+from fashiondpo_pipeline.workspace import read_hashed, write_hashed
 from stages import Session, finetune
 from stages import sample as sampling
 from stages.trained_on import Candidates
@@ -478,9 +480,10 @@ def test_going_on_against_another_reference_is_refused(shop):
     out = shop.train(1, *sets)
     made, step = broken_off(shop, out, 3, 1, *sets)
     checkpoint = out.folder / "work/checkpoint.pt"
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(io.BytesIO(read_hashed(checkpoint, print)), weights_only=True)
     found = state["reference"]
-    torch.save(state | {"reference": "0123456789abcdef"}, checkpoint)
+    torch.save(state | {"reference": "0123456789abcdef"}, altered := io.BytesIO())
+    write_hashed(checkpoint, altered.getvalue())
     with pytest.raises(UserError) as problem:
         shop.session(*sets).execute([step])
     assert str(problem.value) == (

@@ -446,7 +446,7 @@ def test_a_picture_that_is_not_there_is_neither_asked_about_nor_named_by_a_saved
     found = of_run(session_of(made), 1)
     assert Duel("evil", 0, 1) not in found.queue("random") and len(found.queue("random")) == 3 * 6 - 3
     (made / "list.csv").write_text("group,first,second\nevil,0,1\n")
-    with pytest.raises(UserError, match="row 1: 'evil' has no candidates 0 and 1 to compare"):
+    with pytest.raises(UserError, match="line 2: 'evil' has no candidates 0 and 1 to compare"):
         found.queue("list", made / "list.csv")
     told = found.store.save_labels("labels", annotations.read_all(found.folder, found.store.of))
     assert told == f"saved 1 answers of 1 groups as {made}/runs/made/labels/labels; 1 left out, as a picture is not there"

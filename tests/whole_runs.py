@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fashiondpo_pipeline import cli, workspace
+from fashiondpo_pipeline import cli, identity, workspace
 from fashiondpo_pipeline.config import load
 from stages import Session
 
@@ -222,6 +222,17 @@ def manifests(run: Path) -> dict[str, dict]:
     """Folder of each finished step -> its manifest."""
     found = sorted(run.glob("round-*/*/manifest.json"))
     return {path.parent.relative_to(run).as_posix(): json.loads(path.read_text()) for path in found}
+
+
+def sealed_anew(step: Path) -> None:
+    """Let a finished or begun step's receipts and manifest say of its files what is there now: as if it had been written so."""
+    for listing in [*step.glob("parts/*.json"), *step.glob("manifest.json")]:
+        found = json.loads(listing.read_text())
+        found.pop("sum", None)
+        for name, file in found["files"].items():
+            path = next(place for place in (step / "parts" / name, step / name, step / "whole" / name) if place.is_file())
+            file |= {"bytes": path.stat().st_size, "sha256": identity.hash_file(path)}
+        workspace.write_sealed(listing, found)
 
 
 class Mood:

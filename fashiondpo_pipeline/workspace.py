@@ -462,13 +462,20 @@ def _sealed(place: Path, path: Path, stamp: tuple[int, ...]) -> dict:
         if not isinstance(found, dict) or not text.endswith("}\n"):
             raise ValueError("it is not as it was written")
         whole = found.pop("sum") == _sum(found) if "sum" in found else found.keys() - ADDED in UNSEALED
-        if not whole:
+        if not whole or not _lists_files(found):
             raise ValueError("it is not as it was written")
         if "claim" in found and not path.parent.name.endswith(fingerprint(found["claim"])):
             raise ValueError("it is that of another step")
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is damaged ({problem}); {MEND}") from problem
     return found
+
+
+def _lists_files(found: dict) -> bool:
+    """Whether each file that it names has a size and a hash, as no seal shows of what earlier versions wrote."""
+    files = found.get("files", {})
+    return isinstance(files, dict) and all(
+        isinstance(info, dict) and isinstance(info.get("bytes"), int) and isinstance(info.get("sha256"), str) for info in files.values())
 
 
 def agrees(found: dict) -> bool | None:

@@ -29,6 +29,24 @@ def test_every_parser_is_begun_with_a_file_that_it_reads(name, tmp_path):
     assert campaign.meet(target, target.seeds()[0], tmp_path) == "read"
 
 
+FOUND = [  # by the campaign, each in the parser behind it
+    ("import metadata.csv", campaign.METADATA_CSV.replace(b"label", b"\xecabel")),
+    ("import json", campaign.JSON_LIST.replace(b"prompt", b"\xf0rompt", 1)),
+    ("import tsv", campaign.PLAIN.replace(b",", b"\t").replace(b"label", b"\x80abel")), ("import csv", campaign.PLAIN.replace(b"label", b"\x80abel")),
+    *((name, campaign.targets()[name].seeds()[1].replace(b"sha256", b"rha256")) for name in ("step manifest.json", "step begun")),
+]
+
+
+@pytest.mark.parametrize(("name", "data"), FOUND)
+def test_what_the_campaign_found_is_a_sentence_now(name, data, tmp_path):
+    target = campaign.targets()[name]
+    if name == "import json":  # of its two rows one is sound
+        assert campaign.meet(target, data, tmp_path) == "read"
+        return
+    with pytest.raises(UserError, match=r"a column's name is not UTF-8|is damaged"):
+        target.run(data, tmp_path)
+
+
 def test_a_traceback_and_a_hang_are_found_and_a_sentence_is_none(tmp_path, monkeypatch):
     def breaks(data, folder):
         if b"!" in data:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fashiondpo_pipeline import codecs
 from fashiondpo_pipeline.errors import UserError
+from fashiondpo_pipeline.foreign import seen
 from fashiondpo_pipeline.formats import kinds
 from fashiondpo_pipeline.pairsets import MOST, Numbers, PairSet, Writer, draft_of, put_in_place
 from fashiondpo_pipeline.prompts import slug
@@ -145,7 +146,12 @@ class Reading:
     splits: Counter[str] = field(default_factory=Counter)
 
     def cells(self, row: Mapping[str, Any], plain: Callable[[str], str] = str) -> "Cells":
-        """A row under our names, which notes what of it is read. plain: what a column that nobody renamed is called here."""
+        """A row under our names, which notes what of it is read. plain: what a column that nobody renamed is called here.
+
+        Raises Refused where a name is not UTF-8: it might be one that is looked for.
+        """
+        for name in row:
+            _check_text("a column's name", name)
         self.met.update(dict.fromkeys(row))
         ours = {theirs: ours for ours, theirs in self.columns.items()}
         names = {ours.get(name) or plain(name): name for name in row if name in ours or plain(name) not in self.columns}
@@ -154,7 +160,7 @@ class Reading:
     @property
     def unread(self) -> list[str]:
         """The columns that nothing was made of."""
-        return [name for name in self.met if name not in self.used]
+        return [seen(name) for name in self.met if name not in self.used]
 
 
 class Cells(dict):
@@ -220,7 +226,7 @@ def read(name: str, path: Path | str, folder: Path, columns: Mapping[str, str] |
             told = "; ".join(f"{count:,} x {reason}" for reason, count in losses.reasons.most_common(5)) or "there is no row in it"
             gone = [theirs for theirs in reading.columns.values() if theirs not in reading.met]
             if reading.met and any(reason.startswith(("there is no ", "there are no ")) for reason in losses.reasons):
-                told += f"; its columns are {', '.join(list(reading.met)[:NAMED])}"
+                told += f"; its columns are {', '.join(map(seen, list(reading.met)[:NAMED]))}"
             told += f"; no column is called {' or '.join(gone)}" if gone and reading.met else ""
             told += f"; every one of them: {file.name}" if losses.reasons else ""
             raise UserError(f"{path}: nothing in it can be used as '{name}' ({told}): {kind.about}")

@@ -16,7 +16,7 @@ from fashiondpo_pipeline.remembered import remembered
 from fashiondpo_pipeline.seeds import key
 
 TRAIN, HELD_OUT = "train", "held-out"
-MEANING = 2  # raised when `read` or an identity means something else: what was remembered is then forgotten
+MEANING = 3  # raised when `read` or an identity means something else: what was remembered is then forgotten
 
 
 class Prompts:
@@ -31,12 +31,13 @@ class Prompts:
 
     @cached_property
     def about(self) -> dict:
-        """Count, identity, which changes if and only if a row does, and the columns that every row has."""
+        """Count, identity, which changes if and only if a row does, and the columns that every row has, and that some have."""
         if self._about is not None:
             return self._about
         columns = sorted(set.intersection(*map(set, self.rows))) if self.rows else []
+        some = sorted(set().union(*self.rows).difference(columns))
         plain = [{name: _plain(value) for name, value in row.items()} for row in self.rows]
-        return {"count": len(self.rows), "identity": fingerprint(plain), "columns": columns}
+        return {"count": len(self.rows), "identity": fingerprint(plain), "columns": columns, "some": some}
 
     def __len__(self) -> int:
         return self.about["count"]

@@ -10,7 +10,8 @@ import pyarrow as pa
 from fashiondpo_pipeline import codecs
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.formats import Refused
-from fashiondpo_pipeline.formats.files import picture_at
+from fashiondpo_pipeline.formats.files import Place, picture_at
+from fashiondpo_pipeline.formats.trees import Local
 from fashiondpo_pipeline.identity import canonical
 from fashiondpo_pipeline.prompts import Prompts, slug
 from fashiondpo_pipeline.remembered import remembered
@@ -35,7 +36,7 @@ def filled(splits: dict[str, Prompts], path: Path) -> dict[str, Prompts]:
         rows, beside = work()
         return {"splits": {split: Prompts(found).about for split, found in rows.items()}, "beside": beside}
 
-    if not any(COLUMN in found.columns for found in splits.values()) and not _as_bytes(path):
+    if not any(COLUMN in found.about["columns"] + found.about["some"] for found in splits.values()) and not _as_bytes(path):
         return splits
     question = f"references {MEANING} {canonical({split: found.about for split, found in splits.items()})}"
     about = remembered(path, question, answer)
@@ -61,14 +62,14 @@ def _rows(splits: dict[str, Prompts], path: Path) -> tuple[dict[str, list[dict]]
     cells = _cells(path) if _as_bytes(path) else {}
     faults: dict[str, list[str]] = {}
     found: dict[str, list[dict]] = {}
-    beside = False
+    beside, place = False, Place(Local(path.parent))
     for split, prompts in splits.items():
         found[split] = []
         for row in prompts.rows:
             cell = cells.get(row["group"]) if cells else row.get(COLUMN)
             beside |= isinstance(cell, str) or (isinstance(cell, dict) and not cell.get("bytes"))
             try:
-                found[split].append({**row, COLUMN: _picture(cell, path.parent)})
+                found[split].append({**row, COLUMN: _picture(cell, place)})
             except Refused as problem:
                 detail = f" ({problem.detail})" if problem.detail else ""
                 faults.setdefault(problem.reason, []).append(f"of '{row['group']}'{detail}")
@@ -87,20 +88,20 @@ def _cells(path: Path) -> dict[str, Any]:
     return dict(zip(keys, table[COLUMN].to_pylist(), strict=True))
 
 
-def _picture(cell: Any, folder: Path) -> dict | None:
+def _picture(cell: Any, place: Place) -> dict | None:
     """Raises Refused for what is no picture, nor the name of one."""
     if cell is None or cell == "":
         return None
     if isinstance(cell, bytes):
         cell = {"bytes": cell, "path": None}
     elif isinstance(cell, str):
-        cell = {"bytes": picture_at(folder, cell).data, "path": cell}
+        cell = {"bytes": picture_at(place, cell).data, "path": cell}
     elif not isinstance(cell, dict):
         raise Refused(f"it is {'a list' if isinstance(cell, list) else f'of type {type(cell).__name__}'}")
     elif not isinstance(cell.get("bytes"), bytes):
         if not isinstance(cell.get("path"), str):
             raise Refused("there are neither bytes nor a path")
-        cell = {**cell, "bytes": picture_at(folder, cell["path"]).data}
+        cell = {**cell, "bytes": picture_at(place, cell["path"]).data}
     try:
         codecs.check_kind(cell["bytes"])
     except codecs.BadPicture as problem:

@@ -63,6 +63,15 @@ def test_a_reference_is_the_same_picture_however_it_is_held(tmp_path, kind):
     assert all("reference" in prompts.columns for prompts in splits.values())
 
 
+def test_a_line_without_the_key_has_no_reference_and_the_others_keep_theirs(tmp_path):
+    path = lay(tmp_path, "jsonl")
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    del first["reference"]
+    path.write_text("\n".join(map(json.dumps, [first, *others])))
+    found = [row["reference"] for split in ("train", "held-out") for row in opened(path)[split].rows]
+    assert found[0] is None and [picture["bytes"] for picture in found[1:]] == PICTURES[1:]
+
+
 def test_a_table_that_was_read_before_keeps_its_identity(tmp_path):
     path = lay(tmp_path, "struct")
     before = open_splits(path, 0.2, {"train": None, "held-out": None})

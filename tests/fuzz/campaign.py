@@ -254,6 +254,22 @@ def _prompts(ending: str) -> Parser:
     return run
 
 
+def _references(ending: str) -> Parser:
+    """Prompts with a column of pictures that they refer to."""
+
+    def run(data: bytes, folder: Path) -> None:
+        from fashiondpo_pipeline import prompts, references
+
+        (folder / "0.png").write_bytes(png())
+        path = folder / f"p{ending}"
+        path.write_bytes(data)
+        for split in references.filled(prompts.read(path), path).values():
+            split.about  # noqa: B018 - its identity is worked out
+            assert all(isinstance(row.get("reference"), dict | None) for row in split.rows)
+
+    return run
+
+
 def _yaml(data: bytes, folder: Path) -> None:
     from fashiondpo_pipeline import config
     from fashiondpo_pipeline.identity import canonical
@@ -683,6 +699,16 @@ def targets() -> dict[str, Target]:
             _prompts(".parquet"),
             odd=lambda: odd_tables(["prompt", "prompt", "group", "split", "colour"]),
             share=2,
+        ),
+        "references .csv": Target(lambda: [b"prompt,reference\na bag,0.png\na hat,\n"], _references(".csv"), share=0.5),
+        "references .jsonl": Target(
+            lambda: [b'{"prompt": "a bag", "reference": "0.png"}\n{"prompt": "a hat", "reference": {"path": "0.png"}}\n'],
+            _references(".jsonl"),
+        ),
+        "references .parquet": Target(
+            lambda: [parquet(pa.table({"prompt": ["a bag", "a hat"], "reference": _struct((png(), "a"), (None, "0.png"))}))],
+            _references(".parquet"),
+            odd=lambda: odd_tables(["prompt", "reference", "group"]),
         ),
         "yaml": Target(_configurations, _yaml, share=0.6),
         "--set": Target(

@@ -14,6 +14,8 @@ from rich.table import Table
 
 Item = TypeVar("Item")
 MINIMUM, LONGEST = 12, 34  # letters that a column of texts has at least: so many, or its longest word up to so many
+NEXT = "next: fdpo "
+_QUOTED = re.compile(r"""'[^']*'|"[^"]*\"""")
 _WORD = {False: re.compile(r"(?:`[^`]*`|\S)+"), True: re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")}  # of a sentence, of a command
 EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
@@ -133,16 +135,18 @@ def fitted(text: str, most: int | None) -> str:
     next: fdpo generate \\
         'a red dress' --round 3
     """
-    return text if most is None else "\n".join(_fitted(line, most) for line in text.split("\n"))
+    lines = [text] if text.startswith(NEXT) else text.split("\n")  # a prompt in a command may have several
+    return text if most is None else "\n".join(_fitted(line, most) for line in lines)
 
 
 def _fitted(line: str, most: int) -> str:
     if cell_len(line) <= most:
         return line
-    indent, command = re.match(r" *", line)[0], line.startswith("next: fdpo ") and ", " not in line  # type: ignore[index]
+    indent, quoting = re.match(r" *", line)[0], line.startswith(NEXT)  # type: ignore[index]
+    command = quoting and ", " not in _QUOTED.sub("", line)  # and not one, or another
     more = indent + " " * (4 if command else 2)
     lines, now, tail = [], indent, ""
-    for word, goes_on in _words(line, command, most - len(more)):
+    for word, goes_on in _words(line, quoting, command, most - len(more)):
         if now.strip() and cell_len(now) + 1 + cell_len(word) + len(goes_on) > most:
             lines.append(now + tail)
             now = more
@@ -150,10 +154,10 @@ def _fitted(line: str, most: int) -> str:
     return "\n".join([*lines, now])
 
 
-def _words(line: str, command: bool, most: int) -> Iterator[tuple[str, str]]:
+def _words(line: str, quoting: bool, command: bool, most: int) -> Iterator[tuple[str, str]]:
     """(word, what a line that ends with it ends in) of a line; the words of a command in backticks too, where it is too long for a line."""
-    for word in _WORD[command].findall(line):
-        if not command and " " in word and cell_len(word) > most:
+    for word in _WORD[quoting].findall(line):
+        if not quoting and " " in word and cell_len(word) > most:
             *others, last = _WORD[True].findall(word)
             yield from [*((other, " \\") for other in others), (last, "")]
         else:

@@ -21,8 +21,13 @@ def written(words: Iterable[object]) -> str:
     fdpo generate "a red dress" --round 3
     >>> print(written(["generate", "a $(date) dress"]))
     fdpo generate 'a $(date) dress'
+    >>> print(written(["generate", "-sleeve dress", "--round", 3]))
+    fdpo generate --round 3 -- "-sleeve dress"
     """
-    return " ".join(_quoted(str(word)) for word in ["fdpo", *words])
+    command, *others = map(str, words)
+    if command == "generate" and others and others[0].startswith("-"):  # a prompt, which would be taken for an option
+        others = [*others[1:], "--", others[0]]
+    return " ".join(map(_quoted, ["fdpo", command, *others]))
 
 
 def _quoted(word: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from whole_runs import fdpo, refused, works
 
 from fashiondpo_pipeline import config, terminal
+from stages.naming import written
 
 LETTERS = 80
 
@@ -121,3 +122,18 @@ def test_nothing_printed_crashes_a_terminal_of_few_letters(tmp_path, encoding):
     assert b"gr" in told["plan"].stderr and told["experts"].returncode == 0
 
 
+
+
+PROMPTS = ["a red dress", "-r 9", "--help", "$(touch x)", "`id`", "a 'b' \"c\"", "a\nb", "!!", "a; rm x", "\\", "~", "*", "#", "ü", "=x",
+           "a | b", "", "a red, a blue and a green dress, each of its own kind"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_command_that_is_advised_means_to_a_shell_what_it_says(tmp_path, prompt):
+    told = written(["generate", prompt, "--round", 3, "--set", "name=$HOME"])
+    for line in (told, terminal.fitted(f"next: {told}", 30).removeprefix("next: ")):
+        script = "fdpo() { for word in \"$@\"; do printf '%s\\0' \"$word\"; done; }\n" + line
+        found = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        options = ["--round", "3", "--set", "name=$HOME"]
+        assert found == ["generate", *([*options, "--", prompt] if prompt.startswith("-") else [prompt, *options])]
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,8 @@
 import inspect
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from fashiondpo_pipeline import trust
@@ -16,6 +17,12 @@ def did_you_mean(name: str, known: list[str]) -> str:
     """The tail of a message about an unknown name: the nearest known one, else the whole list."""
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def _installed(group: str) -> list[EntryPoint]:
+    """The plug-ins of installed packages: what only lies in the working folder, which `python -m` looks in, nobody has installed."""
+    here = Path.cwd().resolve()
+    return [entry for entry in entry_points(group=group) if entry.dist is None or Path(str(entry.dist.locate_file(""))).resolve() != here]
 
 
 class Registry:
@@ -34,7 +41,7 @@ class Registry:
     def names(self) -> dict[str, str]:
         """Every known name with where it lives; a plug-in may not take a built-in's name."""
         found = dict(self.builtin)
-        for entry in entry_points(group=self.group):
+        for entry in _installed(self.group):
             if found.setdefault(entry.name, entry.value) != entry.value:
                 raise UserError(
                     f"the {self.kind} '{entry.name}' is defined twice, by {found[entry.name]} and {entry.value}: "
@@ -46,7 +53,7 @@ class Registry:
         """Who a name comes from: "built in", "package NAME VERSION", or the module of a module:Class."""
         if name in self.builtin:
             return "built in"
-        entry = next((entry for entry in entry_points(group=self.group) if entry.name == name), None)
+        entry = next((entry for entry in _installed(self.group) if entry.name == name), None)
         if entry is None:
             return f"module {name.partition(':')[0]}"
         return f"package {entry.dist.name} {entry.dist.version}" if entry.dist else f"module {entry.value.partition(':')[0]}"

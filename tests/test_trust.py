@@ -1,5 +1,6 @@
 """A configuration that comes from somebody runs nothing of theirs until a person has said so, outside of it."""
 
+import subprocess
 import sys
 
 import pytest
@@ -104,3 +105,23 @@ def test_a_list_that_cannot_be_read_is_a_sentence(place):
     trust.file().parent.mkdir(parents=True)
     trust.file().mkdir()
     assert "cannot be read" in refused("trust", "own_redness")
+
+
+def test_a_package_that_lies_in_the_working_folder_brings_no_plug_in(place):
+    """`python -m` looks in the working folder first; what a stranger's folder holds there was not installed."""
+    (place / "strange-1.0.dist-info").mkdir()
+    (place / "strange-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1.0\n")
+    (place / "strange-1.0.dist-info/entry_points.txt").write_text("[fashiondpo_pipeline.experts]\nstrange = stranger:Expert\n")
+    (place / "stranger.py").write_text("open('MARKER', 'w')")
+    told = subprocess.run([sys.executable, "-m", "fashiondpo_pipeline", "experts", "--set", "experts.x={use: strange}"],
+                          capture_output=True, text=True)
+    assert "no expert called 'strange'" in told.stdout + told.stderr and not (place / "MARKER").exists()
+    elsewhere = subprocess.run([sys.executable, "-c", "from fashiondpo_pipeline.registry import EXPERTS; print('strange' in EXPERTS.names())"],
+                               capture_output=True, text=True, cwd=place.parent, env={"PYTHONPATH": f"{place}:{':'.join(sys.path)}"})
+    assert elsewhere.stdout == "True\n", elsewhere.stderr
+
+
+def test_no_configuration_lets_a_models_own_code_run(place):
+    (place / "judge").mkdir()
+    told = refused("plan", "--set", "experts.x={use: vlm, options: {model: judge, trust_remote_code: true}}")
+    assert told.startswith("experts.x.options.trust_remote_code: unknown key")

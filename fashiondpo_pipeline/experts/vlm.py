@@ -18,7 +18,7 @@ class VisionLanguage:
     model: folder or hub id of a transformers image-text-to-text model; a hub id needs `revision`, its commit (all 40 digits). template or
     template_file: the question, with {levels} and columns of the prompts in braces. answer: what the answer begins with. sure: least
     probability of all levels together; below it the level is read from the reply of at most `tokens` tokens. batch: pictures a forward.
-    trust_remote_code: run code that comes with the model; only if it is named here.
+    Code that comes with a model is never run.
     """
 
     version, replies = 1, True
@@ -26,12 +26,12 @@ class VisionLanguage:
 
     def __init__(
         self, model: str, revision: str | None = None, template: str | None = None, template_file: str | None = None, levels: int = 10,
-        answer: str = "", sure: float = 0.5, tokens: int = 16, batch: int = 8, dtype: str = "auto", trust_remote_code: bool = False,
+        answer: str = "", sure: float = 0.5, tokens: int = 16, batch: int = 8, dtype: str = "auto",
     ):
         check_levels(levels, sure)
         self.model, self.revision, self.levels, self.answer, self.sure = model, revision, levels, answer, sure
         self.template, self.template_file = quality.template_of(template, template_file), template_file
-        self.tokens, self.batch, self.dtype, self.trust = tokens, batch, dtype, trust_remote_code
+        self.tokens, self.batch, self.dtype = tokens, batch, dtype
         self.range = (1.0, float(levels))
         self.needs = ("picture", *quality.columns_of(self.template))
         self.weights = {"model": Place(model, "vision-language model", revision)}
@@ -49,7 +49,7 @@ class VisionLanguage:
 
         where = locate(self.model)
         source = str(where) if where.exists() else self.model
-        common: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust}
+        common: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
         try:
             self._net = AutoModelForImageTextToText.from_pretrained(source, dtype=self.dtype, use_safetensors=True, **common)
             self._see = AutoProcessor.from_pretrained(source, **common)

@@ -35,12 +35,12 @@ def run(
         raise UserError("round 0 is the base: it has no LoRA to export")
     step = negative_of(session, number, pairs) if negative else step
     manifest, adapter = session.output(step).manifest, session.output(step).published("adapter")
-    adapters.check_file(adapter)
     style = session.config.generator.lora
     if merge and not style:
         raise UserError("--merge: the run started from the bare model (generator.lora is null): export without --merge")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder to export to")
+    adapters.check_file(adapter)
     if (adapter / adapters.FULL_FILE).is_file():
         file, use = _denoiser(session, adapter, folder, form)
     elif form == "kohya" or merge:

@@ -133,7 +133,8 @@ def test_an_empty_name_is_no_run_of_another_name(place):
 
 
 @pytest.mark.parametrize(("said", "make"), [
-    ("is a file, where a run's folder should be", lambda path: path.write_text("")), ("is a link to x, where nothing is", lambda path: path.symlink_to("x")),
+    ("is a file, where a run's folder should be", lambda path: path.write_text("")),
+    ("is a link to x, where nothing is", lambda path: path.symlink_to("x")),
 ])
 def test_a_run_whose_folder_is_none_is_told(place, said, make):
     (place / "runs").mkdir()

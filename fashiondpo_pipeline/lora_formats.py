@@ -167,6 +167,10 @@ def fuse(denoiser: Any, file: Path, scale: float = 1.0) -> list[str]:
     layers = {name.removeprefix(part): layer for name, layer in lora.layers.items() if not name.startswith(TEXT)}
     _check_known(file, lora)
     lost = [name for name, layer in layers.items() if not _fits(modules.get(name), layer)]
+    bare = [name for name in lost if layers[name].bias is not None and name in modules and getattr(modules[name], "bias", None) is None]
+    if lost and bare == lost:
+        raise UserError(f"{file} changes a bias of {len(bare)} modules that have none in this {type(denoiser).__name__} (such as {bare[0]}): "
+                        "take its biases out, or use a LoRA without them")
     if lost:
         sizes = {name.removeprefix(part): count for name, count in lora.counts.items() if not name.startswith(TEXT)}
         raise UserError(

@@ -244,9 +244,11 @@ def test_a_bias_may_stand_beside_a_lora(unet, tmp_path):
     close(found["bias"], random(8))
 
 
-def test_a_bias_for_a_module_without_one_fits_nowhere(unet, tmp_path):
-    file = saved(tmp_path, {f"{KEY}.diff_b": random(8)})
-    assert refused(unet, file).startswith(f"{file} was made for another base: 1 of its 1 tensors fit nowhere")
+@pytest.mark.parametrize("beside", [{}, {f"{KEY}.lora_down.weight": random(4, 8), f"{KEY}.lora_up.weight": random(8, 4)}], ids=["alone", "LoRA"])
+def test_a_bias_for_a_module_without_one_is_said_to_be_that(unet, tmp_path, beside):
+    file = saved(tmp_path, {f"{KEY}.diff_b": random(8)} | beside)
+    assert refused(unet, file) == (f"{file} changes a bias of 1 modules that have none in this UNet2DConditionModel (such as {LINEAR}): take its "
+                                   "biases out, or use a LoRA without them")
 
 
 # -- names

@@ -33,6 +33,7 @@ FOUND = [  # by the campaign, each in the parser behind it
     ("import metadata.csv", campaign.METADATA_CSV.replace(b"label", b"\xecabel")),
     ("import json", campaign.JSON_LIST.replace(b"prompt", b"\xf0rompt", 1)),
     ("import tsv", campaign.PLAIN.replace(b",", b"\t").replace(b"label", b"\x80abel")), ("import csv", campaign.PLAIN.replace(b"label", b"\x80abel")),
+    ("import arrow", campaign.arrow().replace(b"prompt", b"pro\xf8pt")),
     *((name, campaign.targets()[name].seeds()[1].replace(b"sha256", b"rha256")) for name in ("step manifest.json", "step begun")),
 ]
 
@@ -43,7 +44,7 @@ def test_what_the_campaign_found_is_a_sentence_now(name, data, tmp_path):
     if name == "import json":  # of its two rows one is sound
         assert campaign.meet(target, data, tmp_path) == "read"
         return
-    with pytest.raises(UserError, match=r"a column's name is not UTF-8|is damaged"):
+    with pytest.raises(UserError, match=r"a column's name is not UTF-8|is damaged|the Arrow file is broken"):
         target.run(data, tmp_path)
 
 

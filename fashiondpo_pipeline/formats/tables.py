@@ -76,12 +76,17 @@ def schema_of(tree: Tree, name: str) -> pa.Schema:
     try:
         if kind is PARQUET:
             with pq.ParquetFile(_Source(tree, name).file, pre_buffer=False) as file:
-                return file.schema_arrow
+                return _named(file.schema_arrow)
         if kind is ARROW:
-            return _opened(_Source(tree, name).file, tree.peek(name)).schema
+            return _named(_opened(_Source(tree, name).file, tree.peek(name)).schema)
     except _BROKEN:
         pass  # the rows' reader says what is wrong with it
     return pa.schema([])
+
+
+def _named(schema: pa.Schema) -> pa.Schema:
+    """The schema. Raises UnicodeDecodeError where a column's name is not UTF-8: pyarrow says so only when it is asked for the names."""
+    return schema if schema.names else pa.schema([])
 
 
 def _refuse(reason: str, detail: object = "", count: int = 1) -> Any:

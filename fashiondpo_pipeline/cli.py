@@ -80,10 +80,12 @@ def main() -> None:
 
 
 def _config(config: Path | None, sets: list[str] | None, name: str | None) -> Any:
+    from fashiondpo_pipeline import trust
     from fashiondpo_pipeline.config import load
 
     here = Path("pipeline.yaml")
     path = config or (here if here.is_file() else None)
+    trust.look_beside(config)
     return load(path, [*(sets or []), *([f"name={json.dumps(name)}"] if name is not None else [])])
 
 
@@ -442,10 +444,14 @@ def init(
 
 
 @app.command()
-def trust(module: Annotated[str, typer.Argument(metavar="MODULE", help="the name before the colon in `use: module:Class`")]) -> None:
-    """Let configurations run the code of a module: an expert or a generator of yours, or of somebody you know."""
+def trust(
+    module: Annotated[str, typer.Argument(metavar="MODULE", help="the name before the colon in `use: module:Class`")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="look beside this configuration first; default: here")] = None,
+) -> None:
+    """Let configurations run the code of a module as it is now: an expert or a generator of yours, or of somebody you know."""
     from fashiondpo_pipeline import trust as trusting
 
+    trusting.look_beside(config)
     lies = trusting.trust(module)
     print(f"trusted: {lies}; to undo it, delete its line in {trusting.file()}")
 

@@ -89,11 +89,11 @@ def _config(config: Path | None, sets: list[str] | None, name: str | None) -> An
     return load(path, [*(sets or []), *([f"name={json.dumps(name)}"] if name is not None else [])])
 
 
-def _session(config: Path | None, sets: list[str] | None, name: str | None) -> Any:
+def _session(config: Path | None, sets: list[str] | None, name: str | None, reading: bool = False) -> Any:
     from fashiondpo_pipeline.terminal import say, track
     from stages import Session
 
-    return Session(_config(config, sets, name), say=say, track=track, options=_options(config, sets, name))
+    return Session(_config(config, sets, name), say=say, track=track, options=_options(config, sets, name), reading=reading)
 
 
 def _options(config: Path | None, sets: list[str] | None, name: str | None) -> list[str]:
@@ -133,7 +133,7 @@ PairsFrom = Annotated[str | None, typer.Option("--pairs", metavar="ID|PATH", hel
 def _stage(stage: str, round: int | None, pairs: str | None, config: Path | None, sets: list[str] | None, name: str | None) -> None:
     from stages import single
 
-    single.run(_session(config, sets, name), stage, round, pairs)
+    single.run(_session(config, sets, name, reading=stage == "report"), stage, round, pairs)
 
 
 @app.command()
@@ -187,7 +187,7 @@ def rescore(
     from stages import rescoring
 
     rules = [text for text in sets or [] if text.startswith("pair.")]
-    session = _session(config, [text for text in sets or [] if not text.startswith("pair.")], name)
+    session = _session(config, [text for text in sets or [] if not text.startswith("pair.")], name, reading=True)
     _config(config, sets, name)  # what is wrong with the rules, before anything is read
 
     def section_of(number: int) -> Any:  # a rule that is given here comes before what the configuration says of the round
@@ -211,7 +211,7 @@ def studio(
     """Browse a run or a pair set in the browser, weigh its experts live, and say which of two pictures is better."""
     from stages import studio as stage
 
-    stage.run(lambda named: _session(config, sets, named if named is not None else name), what, round, pairs, listed, host, port,
+    stage.run(lambda named: _session(config, sets, named if named is not None else name, reading=True), what, round, pairs, listed, host, port,
               {"--config": config, "--set": sets, "--name": name})
 
 
@@ -227,7 +227,7 @@ def fit_weights(
     """Fit expert weights to what people said in the studio; prints the YAML to paste, with intervals and the held-out agreement."""
     from stages import fitting
 
-    fitting.run(_session(config, sets, name), experts, annotators, round)
+    fitting.run(_session(config, sets, name, reading=True), experts, annotators, round)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def inspect(
 
     asked = inspecting.Question(table, tuple(group or ()), expert, least, most, missing, held_out, sort, limit)
     files = {kind: path for kind, path in {"html": html, "csv": csv, "parquet": parquet, "json": json}.items() if path}
-    inspecting.run(_session(config, sets, name), asked, round, pairs, files)
+    inspecting.run(_session(config, sets, name, reading=True), asked, round, pairs, files)
 
 
 @app.command()
@@ -270,7 +270,7 @@ def status(
     """What is done, what is stale and why, what is missing, and how big it is."""
     from stages import status as stage
 
-    stage.run(_session(config, sets, name), verify or repair, repair)
+    stage.run(_session(config, sets, name, reading=True), verify or repair, repair)
 
 
 @app.command()
@@ -324,7 +324,7 @@ def generate(
     from stages import generate as stage
 
     wish = stage.Wish(stage.prompts_of(prompt, prompts), count, seed, steps, guidance, eta, negative)
-    stage.run(_session(config, sets, name), wish, round, pairs, out)
+    stage.run(_session(config, sets, name, reading=True), wish, round, pairs, out)
 
 
 @app.command()
@@ -342,7 +342,7 @@ def export(
     """Write a round's LoRA (or fully tuned denoiser) for diffusers or for kohya's readers, with where it comes from beside it."""
     from stages import export as stage
 
-    stage.run(_session(config, sets, name), folder, round, pairs, format, merge, negative)
+    stage.run(_session(config, sets, name, reading=True), folder, round, pairs, format, merge, negative)
 
 
 @app.command("experts")
@@ -391,7 +391,7 @@ def export_pairs(
     from fashiondpo_pipeline.terminal import say
     from stages import exchanging
 
-    exchanging.take_out(format, folder, lambda: _session(config, sets, name), round, pairs, source, say)
+    exchanging.take_out(format, folder, lambda: _session(config, sets, name, reading=True), round, pairs, source, say)
 
 
 @app.command("generate-sets")

@@ -58,6 +58,12 @@ class Registry:
             return f"module {name.partition(':')[0]}"
         return f"package {entry.dist.name} {entry.dist.version}" if entry.dist else f"module {entry.value.partition(':')[0]}"
 
+    def module(self, name: str) -> str | None:
+        """The module of a plug-in, which is not looked for; None for what is built in, and for what nothing is called."""
+        target = name if ":" in name else self.names().get(name, "")
+        module = target.partition(":")[0]
+        return None if name in self.builtin or not module or module.partition(".")[0] == trust.OWN else module
+
     def check(self, name: str) -> str:
         """Where `name` lives, without importing it. Raises UserError if nothing is called so, or its module is not trusted."""
         if ":" in name:

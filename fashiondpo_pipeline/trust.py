@@ -86,6 +86,12 @@ def trusted(module: str) -> bool:
     return lies is not None and _line(top, lies) in _lines()
 
 
+def is_foreign(module: str) -> bool:
+    """Whether a module could be trusted: it is neither of this program nor of Python itself."""
+    top = module.partition(".")[0]
+    return top != OWN and top not in sys.stdlib_module_names
+
+
 def check(module: str, what: str) -> None:
     """Raises UserError, in whose words `what` asks for it, unless a module is trusted; one that is nowhere is not refused here."""
     top = module.partition(".")[0]
@@ -102,7 +108,7 @@ def check(module: str, what: str) -> None:
 def trust(module: str) -> Path:
     """From now on a module, as it is now, may be named by configurations; gives its place. Raises UserError if it cannot be found or kept."""
     top = module.partition(":")[0].partition(".")[0]
-    if top in sys.stdlib_module_names or top == OWN:
+    if not is_foreign(top):
         raise UserError(f"{top} needs no trust: {'it is this program' if top == OWN else 'what Python brings is never an expert'}")
     lies = place(top)
     if lies is None:

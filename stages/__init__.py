@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from fashiondpo_pipeline.checkpoints import Source, lora_identity, open_source
 from fashiondpo_pipeline.config import Config, Pair
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.experts.meters import Meter
+from fashiondpo_pipeline.experts import recorded
 from fashiondpo_pipeline.experts.tower import Tower
 from fashiondpo_pipeline.identity import hash_path
 from fashiondpo_pipeline.pairsets import PairSet
@@ -112,16 +112,18 @@ class Session:
     """A run being worked on: its configuration, its folder, and the models that are loaded, each once."""
 
     def __init__(self, config: Config, root: Path | None = None, say: Callable[[str], None] = print, track: Any = None,
-                 options: Sequence[str] = ()):
-        """options: --config, --set and --name as they were given, for the commands that are advised."""
-        self.options = list(options)
+                 options: Sequence[str] = (), reading: bool = False):
+        """options: --config, --set and --name as they were given, for the commands that are advised. reading: nothing is asked of any
+        expert, so that plug-ins are taken as their scores say that they were."""
+        self.options, self.reading = list(options), reading
         self.config, self.say = config, say if self.first else lambda text: None
         self.run = Run(root or Path("runs") / config.name)
         if os.path.lexists(self.run.root) and not self.run.root.is_dir():
             raise UserError(f"{self.run.root} is the run's folder, and is a {'link to nothing' if self.run.root.is_symlink() else 'file'}: "
                             "take it away, or use another --name")
         self.track = track if track and self.first else lambda items, *_, **__: items
-        self._experts = experts.make_all(config.asked)
+        standing = partial(recorded.instead, self.run.root, say=self.say)
+        self._experts = experts.make_all(config.asked, standing) if reading else experts.make_all(config.asked)
         self.left_out: dict[str, str] | None = None  # expert -> why it is not asked; None until that has been looked at
         self._loaded: tuple[str, Any, Any] | None = None  # name, expert, what shares a tower with it
         self.peaks: dict[str, int] = {}  # folder of a step that was run -> the most memory meanwhile
@@ -191,7 +193,7 @@ class Session:
 
     def _may_judge(self, name: str) -> bool:
         """Whether an expert that nobody named may decide who wins: one that is asked about held-out draws, and looks at more than pixels."""
-        return getattr(self.make(name), "held_out", True) and not isinstance(self.make(name), Meter)
+        return getattr(self.make(name), "held_out", True) and not getattr(self.make(name), "pixels_only", False)
 
     def check_objectives(self) -> None:
         """Raises UserError if the candidates of a round will lack what its finetuning needs of them: now, not after hours of sampling."""
@@ -384,7 +386,8 @@ class _Builder:
         for number in (0, *self.config.by_round):
             own = self.config.of_round(number)
             for name in [own.finetune.objective] if isinstance(own.finetune.objective, str) else own.finetune.objective:
-                OBJECTIVES.check(name)
+                if not (self.session.reading and OBJECTIVES.module(name)):
+                    OBJECTIVES.check(name)
             if own.sample.candidates < 2:
                 raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
         judges = [self.config.evaluate.judge] if self.config.evaluate.judge else [n for n, w in self.config.pair.weights.items() if w > 0]

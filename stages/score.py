@@ -10,7 +10,7 @@ import pyarrow as pa
 from fashiondpo_pipeline import schemas
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.errors import UserError
-from fashiondpo_pipeline.experts import ask
+from fashiondpo_pipeline.experts import ask, recorded
 from fashiondpo_pipeline.experts.ahead import ahead
 from fashiondpo_pipeline.experts.listing import reach
 from fashiondpo_pipeline.reliability import chosen
@@ -55,8 +55,11 @@ def run(session, step: Step, out: Output) -> None:
 
 
 def described(expert, step: Step) -> dict:
-    """Whose scores these are: kind, options, version, hashes of weights and tower, range, and what is done to a picture."""
-    return {**step.config, "range": reach(expert), "files": step.files, "preprocessing": getattr(expert, "preprocessing", None)}
+    """Whose scores these are: kind, options, version, hashes of weights and tower, range, what is done to a picture, and of a plug-in
+    what else it says of itself."""
+    said = recorded.contract(expert, step.config["use"])
+    return {**step.config, "range": reach(expert), "files": step.files, "preprocessing": getattr(expert, "preprocessing", None),
+            **({"contract": said} if said else {})}
 
 
 def _table(schema: pa.Schema, rows: list[dict], answers: list[tuple]) -> pa.Table:

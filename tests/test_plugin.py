@@ -76,6 +76,8 @@ def test_it_scores_and_makes_pairs_in_a_round(place, installed):
     scores = table(step, "scores")
     assert len(scores) == 24 and all(0 <= score <= 1 for score in scores["score"].to_pylist())
     manifest = json.loads((step / "manifest.json").read_text())
+    said = manifest["expert"].pop("contract")
+    assert said.pop("code") and said == {"needs": ["picture"], "files": {}, "prepares": False}
     assert manifest["expert"] == {"use": "symmetry", "options": {}, "version": 1, "range": [0, 1], "files": {}, "preprocessing": None}
     assert len(table(folder_of(place / "runs/t", 1, "pair"), "pairs")) > 0
 

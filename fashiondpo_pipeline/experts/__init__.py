@@ -5,7 +5,7 @@ A module of experts imports torch only inside methods: `fdpo plan` and `fdpo res
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,7 +29,8 @@ class Expert(Protocol):
     the prompts' rows that it will be asked about, in their order, told before the first call; `replies` True where an opinion is
     (score, reason or None, the raw reply); `stochastic` True where it may answer otherwise when asked again; `effort` names of
     options that change no score, only how it is got; `notes` sentences for the person, emptied by whoever shows them;
-    `held_out` False: it is not asked about held-out draws, and may be silent about every candidate; `grows` names of `files()` that
+    `held_out` False: it is not asked about held-out draws, and may be silent about every candidate; `pixels_only` True: it becomes the
+    judge of no run that names none; `grows` names of `files()` that
     grow while a run lives: a round keeps what they held when it was scored, until `fdpo score` asks again.
     """
 
@@ -58,12 +59,15 @@ def make(name: str, use: str, options: dict[str, Any]) -> Any:
     return factory(**options)
 
 
-def make_all(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The experts of a configuration by name. Raises UserError with everything that does not fit, of all of them."""
+def make_all(entries: Mapping[str, Any], instead: Callable[[str, str], Any] = lambda name, use: None) -> dict[str, Any]:
+    """The experts of a configuration by name. Raises UserError with everything that does not fit, of all of them.
+
+    instead: name and use -> what stands for an expert; None: it is made.
+    """
     made, wrong = {}, []
     for name, entry in entries.items():
         try:
-            made[name] = make(name, entry.use, entry.options)
+            made[name] = instead(name, entry.use) or make(name, entry.use, entry.options)
         except UserError as problem:
             wrong.append(str(problem))
     if wrong:

@@ -11,7 +11,7 @@ from fashiondpo_pipeline import pixels
 class Meter:
     """A number from the pixels as an expert; where there is none, `nothing` says why."""
 
-    version, needs = 1, ("picture",)
+    version, needs, pixels_only = 1, ("picture",), True
     range: tuple[float, float] = (0.0, 1.0)
     nothing = ""
 

@@ -180,6 +180,7 @@ class Notebook:
         self._drop_unfinished_line(say)
         self._tally = lines.Tally(self.path)
         self._lines = found.next_number
+        self._tally.set(self._lines, found.whole.get(self._lines - 1, b""))
         self._answers = [answer for answer in read(self.path) if answer.of == self.of]
         self._said = Counter(answer.duel for answer in self._answers)
 

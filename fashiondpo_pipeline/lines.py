@@ -110,6 +110,8 @@ def check(path: Path, understand: Callable[[dict], object] = dict) -> Checked:
         found.whole[number] = line + b"\n"
         found.bare += not sealed(line)
         found.lost |= set(said.get("lost", ()))
+    if found.bare < len(found.whole) and not _tally(path).is_file():
+        found.strange = f"{_tally(path)}: missing, so that nothing shows whether the end of {path.name} is there"
     if rest and found.gone:  # else it is of a click that was never confirmed
         found.broken.append((len(ended) + 1, rest, "this is no whole line (its end is missing)"))
     return found

@@ -74,6 +74,8 @@ class PairSet:
             where = ".".join(map(str, first["loc"])) or "it"
             raise UserError(f"{folder}/manifest.json is not that of a pair set of format {FORMAT} ({where}: {first['msg']}): "
                             "copy it again, or make the set anew with `fdpo import`") from None
+        if agrees(manifest) is False:
+            raise UserError(f"{folder}/manifest.json is not as it was written: copy it again, or make the set anew")
         for name, info in manifest["files"].items():
             if Path(name).name != name:
                 raise UserError(f"{folder}/manifest.json names '{name}', which is not a file beside it: make the set anew")
@@ -82,8 +84,6 @@ class PairSet:
             table = name.partition("-")[0]
             if table not in SCHEMAS or read_schema(folder / name).names != SCHEMAS[table].names:
                 raise UserError(f"{folder}/{name} has not the columns of a pair set's {table}: make the set anew")
-        if agrees(manifest) is False:
-            raise UserError(f"{folder}/manifest.json is not as it was written: copy it again, or make the set anew")
         return cls(folder, {key: value for key, value in manifest.items() if key != "sum"})
 
     @property
@@ -100,13 +100,16 @@ class PairSet:
                 found.append(f"{path}: missing")
             elif hash_file(path) != info["sha256"]:
                 found.append(f"{path}: altered")
-        checks = self.folder / "checks.json"
-        if checks.is_file():
-            try:
-                found += [f"{checks}: altered"] if agrees(read_json(checks)) is False else []
-            except (UserError, AttributeError):
-                found.append(f"{checks}: altered")
         return found
+
+    def keep_checks(self, found: Mapping[str, Any]) -> None:
+        """Write what its checks found beside it, as checks.json; from then on that file belongs to it."""
+        path = self.folder / "checks.json"
+        write_sealed(path, dict(found))
+        others = self.manifest.get("others", {}) | {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}}
+        if others != self.manifest.get("others"):
+            self.manifest = self.manifest | {"others": others}
+            write_sealed(self.folder / "manifest.json", self.manifest)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -67,7 +67,7 @@ def bring_in(name: str, path: Path | str, folder: Path | None, say: Callable[[st
     same = _there(folder, lambda made: stand is not None and made.get("made_of") == stand, say)
     pairs = same or formats.read(name, path, folder, wanted, split, most, stand)
     found = checks.check(pairs)
-    write_sealed(folder / "checks.json", found)
+    pairs.keep_checks(found)
     say(pairsets.in_words(pairs))
     if pairs.manifest["dropped"]:
         say(f"everything left out, and why: {folder / 'dropped.jsonl'}")

@@ -112,6 +112,11 @@ class _Check:
                     self.say(complaint)
 
     def _pages(self) -> None:
+        made = (path for path in self.root.glob("round-*/evaluate-*/manifest.json") if any(path.parent.parent.glob("sample-*")))
+        if not (self.root / "report.html").exists() and not (self.root / "numbers.json").exists() and any(made):
+            self.notes.append(f"{self.root / 'report.html'}: not there, nor are its numbers: `{self.session.command('report')}` writes them")
+            if self.repair:
+                self._make_anew(["report.html"])
         wrong = list(self._wrong_pages())
         for path, complaint in wrong:
             self.say(complaint)

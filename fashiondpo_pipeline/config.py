@@ -75,6 +75,15 @@ Window = Annotated[
 
 
 MOST, MOST_PIXELS = 1_000_000, 16_384  # of anything that is counted, and of a side: more is a slip of the hand
+LARGEST, SMALLEST = 1e9, 1e-12  # of what is measured, beside 0: beyond them fp32 has no number for what is made of it
+
+
+def _no_absurd_number(value: Any) -> None:
+    """Raises ValueError for a number, also within a list or a section, that nobody means."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _no_absurd_number(inner)
+    if type(value) is float and value and not SMALLEST <= abs(value) <= LARGEST:
+        raise ValueError(f"should be at most {LARGEST:g} and, if it is not 0, at least {SMALLEST:g}, not {_shown(value)}")
 
 
 class Section(BaseModel):
@@ -88,6 +97,8 @@ class Section(BaseModel):
         most = MOST_PIXELS if about.field_name in ("height", "width") else MOST
         if type(value) is int and value > most and about.field_name != "seed":
             raise ValueError(f"should be at most {most:,}, not {_shown(value)}")
+        if about.field_name != "options" and cls is not OfRound:  # whose owner knows what they may be; what is laid over a section later
+            _no_absurd_number(value)
         return value
 
 
@@ -400,7 +411,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     report: Report = Field(default_factory=Report)
     machine: Machine = Field(default_factory=Machine)
-    by_round: dict[Annotated[int, Field(ge=1)], OfRound] = Field(
+    by_round: dict[Annotated[int, Field(ge=1, le=MOST)], OfRound] = Field(
         default_factory=dict, description="what single rounds do otherwise, such as {3: {finetune: {epochs: 1}, pair: {margin: 0.3}}}: knobs of "
         "sample, pair and finetune; other rounds stay what they are, those that follow go on from what comes out"
     )

@@ -389,3 +389,9 @@ def test_a_count_of_rounds_that_is_none_is_a_usage_error(place):
     told = fdpo("round", "--n", "0")
     assert told.code == 2
     assert "Invalid value for '--n'" in told.err
+
+
+@pytest.mark.parametrize("knob", ["learning_rate", "alpha", "weight_decay"])
+def test_a_number_too_large_to_train_with_is_told_at_the_step_that_it_breaks(finished, knob):
+    told = refused("finetune", "--round", "1", "--set", f"finetune.{knob}=1.0e+9")
+    assert told.startswith("round 1 finetune: the gradient is not finite at step 1: lower finetune.learning_rate")

@@ -1,6 +1,7 @@
 """pipeline.yaml: every mistake answered in its own sentence, all at once, and a template that says what is in force."""
 
 import itertools
+import typing
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,30 @@ def test_options_that_could_not_be_written_down_are_refused(options, sentence):
 def test_a_value_that_does_not_fit_is_shown_short():
     assert refused(None, f"seed=[{', '.join(['word'] * 500)}]") == (
         "the defaults: this does not fit\n  seed: should be a whole number, not [" + "'word', " * 9 + "'word'…")
+
+
+def numbers_of(model=Config, place=""):
+    """Every knob that takes a number with a fraction, as --set would name it."""
+    for name, field in model.model_fields.items():
+        inner = [kind for kind in (field.annotation, *typing.get_args(field.annotation)) if isinstance(kind, type)]
+        section = next((kind for kind in inner if issubclass(kind, Section)), None)
+        if section and name not in ("by_round", "experts"):
+            yield from numbers_of(section, f"{place}{name}.")
+        elif float in inner:
+            yield place + name
+
+
+NUMBERS = [*numbers_of(), "pair.weights.clip_t", "finetune.objective", "by_round.2.finetune.beta", "sample.guidance_interval"]
+
+
+@pytest.mark.parametrize("knob", NUMBERS)
+@pytest.mark.parametrize("number", ["1.0e+39", "1.0e+300", "1.0e-40", "-1.0e+39"])
+def test_a_number_that_nobody_means_is_refused_for_every_knob(knob, number):
+    """torch has no such number in fp32, and says so in a traceback or not at all."""
+    value = {"sample.guidance_interval": f"[0, {number}]", "finetune.objective": f"{{step_dpo: {number}}}"}.get(knob, number)
+    with pytest.raises(UserError) as problem:
+        load(None, [f"{knob}={value}"])
+    assert len(NUMBERS) > 20 and f" {knob.removesuffix('.clip_t')}" in str(problem.value) and "should be" in str(problem.value)
 
 
 def test_a_round_of_absurd_number_is_named():

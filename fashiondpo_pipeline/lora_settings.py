@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fashiondpo_pipeline.checkpoints import lora_files
+from fashiondpo_pipeline.checkpoints import PEFT_CONFIG, PEFT_FILE, lora_files
 from fashiondpo_pipeline.errors import UserError, check_pulled
 from fashiondpo_pipeline.lora_layers import strength
 
@@ -64,6 +64,17 @@ def open_lora(path: Path) -> tuple[dict[str, Tensor], Settings]:
     if "lora_adapter_metadata" in notes:
         return tensors, Settings(_parts(file, _json(file, notes["lora_adapter_metadata"])))
     return tensors, Settings({"": _plain(file, notes)})
+
+
+def doubts(path: Path) -> list[str]:
+    """What a person should know of how strong a LoRA is, in words: that nothing says so of peft's, which keeps that in another file."""
+    file, config = lora_files(path)
+    tensors, notes = _open(file)
+    said = config is not None or notes.keys() & {"lora_adapter_metadata", "lora_alpha", "alpha"} or any(name.endswith(".alpha") for name in tensors)
+    if file.name != PEFT_FILE or said:
+        return []
+    return [f"{file}: no {PEFT_CONFIG} lies beside it, which says how strong it is: taken as alpha = rank; copy it there, or set "
+            "generator.lora_scale"]
 
 
 def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fashiondpo_pipeline import diagnosis, experts, memory, panel
+from fashiondpo_pipeline import devices, diagnosis, experts, memory, panel
 from fashiondpo_pipeline.checkpoints import Source, lora_identity, open_source
 from fashiondpo_pipeline.config import Config, Pair
 from fashiondpo_pipeline.embedded import locate
@@ -230,11 +230,7 @@ class Session:
             torch.set_num_threads(self.config.machine.threads)
         if wanted in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
             return f"cuda:{os.environ['LOCAL_RANK']}"
-        if wanted == "auto":
-            return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"machine.device is {wanted}, but torch finds no GPU: use auto or cpu")
-        return wanted
+        return devices.find(wanted, "machine.device")
 
     @cached_property
     def processes(self) -> Processes:
@@ -262,8 +258,9 @@ class Session:
             if folder:
                 adapters.load(self._generator.denoiser, folder)
             self._adapter = folder
-            for note in getattr(self._generator, "notes", []):
-                self.say(note)
+        notes = getattr(self._generator, "notes", [])
+        while notes:
+            self.say(notes.pop(0))
         return self._generator
 
     def forget_adapter(self) -> None:

@@ -13,7 +13,7 @@ from fashiondpo_pipeline.identity import fingerprint
 from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.prompts import TRAIN, Prompts, read
 from fashiondpo_pipeline.registry import did_you_mean
-from fashiondpo_pipeline.workspace import Output, Step, write_sealed
+from fashiondpo_pipeline.workspace import Output, Step
 from stages import VERSIONS, Session
 from stages.naming import written
 from stages.single import last, made_of, most_rounds, saved_pairs

@@ -18,9 +18,10 @@ from stages.single import finished
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fashiondpo_pipeline import adapters, lora_formats, lora_layers
+    from fashiondpo_pipeline import adapters, lora_formats, lora_layers, lora_settings
 else:  # a mistake is told before they are imported
-    adapters, lora_formats, lora_layers = (Later(f"fashiondpo_pipeline.{name}") for name in ("adapters", "lora_formats", "lora_layers"))
+    _HEAVY = ("adapters", "lora_formats", "lora_layers", "lora_settings")
+    adapters, lora_formats, lora_layers, lora_settings = (Later(f"fashiondpo_pipeline.{name}") for name in _HEAVY)
 
 FORMATS = ("diffusers", "kohya")
 
@@ -98,6 +99,8 @@ def _merged(session: Session, adapter: Path, family: str) -> dict[str, Tensor]:
     """
     g = session.config.generator
     file = locate(g.lora or "")
+    for doubt in lora_settings.doubts(file):
+        session.say(doubt)
     style = lora_formats.read(file, family)
     denoisers = lora_formats.Lora({name: layer for name, layer in style.layers.items() if name.startswith(adapters.PARTS)}, style.strays, {})
     lora_formats.check_plain(file, denoisers, "export without --merge and fuse it first")

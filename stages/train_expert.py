@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fashiondpo_pipeline import devices
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts import compatibility
 from fashiondpo_pipeline.registry import did_you_mean
@@ -13,6 +14,8 @@ KINDS = ("compatibility",)
 def run(kind: str, out: Path, model: str, pretrained: str | None, outfits: str, items: str, *, epochs: int, seed: int, device: str) -> None:
     if kind not in KINDS:
         raise UserError(f"no expert called '{kind}' can be trained; {did_you_mean(kind, list(KINDS))}")
+    if device != "cpu":  # which needs no look, and torch takes seconds to import
+        device = devices.find(device, "--device")
     if (out / compatibility.ABOUT).exists():
         raise UserError(f"{out} holds a compatibility expert already: delete the folder, or name another with --out")
 

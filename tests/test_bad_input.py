@@ -18,6 +18,27 @@ def cheap(*sets: str) -> tuple[str, ...]:
     return ("round", "--n", "1", *(word for text in sets for word in ("--set", text)))
 
 
+# -- a device that there is not
+
+
+@pytest.mark.parametrize(("wanted", "gpus", "told"), [
+    ("cuda", 0, "is cuda, but torch finds no GPU: use auto or cpu"), ("cuda:1", 0, "is cuda:1, but torch finds no GPU: use auto or cpu"),
+    ("cuda:2", 2, "is cuda:2, but torch finds 2, which count from 0: use cuda:1, or auto"),
+    ("mps", 0, "is mps, but torch finds no GPU of Apple's: use auto or cpu"),
+])
+def test_a_device_that_there_is_not_is_one_sentence(place, monkeypatch, wanted, gpus, told):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for command in ("sample", "round"):
+        assert refused(command, "--set", f"machine.device={wanted}") == f"machine.device {told}"
+    assert refused("expert", "train", "compatibility", "--out", "new", "--device", wanted) == f"--device {told}"
+
+
+def test_what_is_no_device_is_told(place):
+    assert refused("expert", "train", "compatibility", "--device", "gpu").startswith("--device is 'gpu', which is no device: use auto, cpu")
+
+
 # -- the configuration
 
 

@@ -9,6 +9,7 @@ import torch
 from families import QUIET, denoiser_of, pipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from whole_runs import works
 
 from fashiondpo_pipeline import lora_formats, lora_names, lora_settings
 from fashiondpo_pipeline.errors import UserError
@@ -149,6 +150,33 @@ def test_a_setting_that_changes_the_meaning_is_refused_by_name(unet, tmp_path, c
     save_file({f"base_model.model.{LINEAR}.lora_A.weight": random(4, 8), f"base_model.model.{LINEAR}.lora_B.weight": random(8, 4)},
               tmp_path / "adapter_model.safetensors")
     assert said in refused(unet, tmp_path)
+
+
+def test_a_file_of_pefts_whose_strength_nothing_says_is_told_of(tmp_path):
+    file, down_up = tmp_path / "adapter_model.safetensors", {f"base_model.model.{LINEAR}.lora_A.weight": random(4, 8),
+                                                             f"base_model.model.{LINEAR}.lora_B.weight": random(8, 4)}
+    save_file(down_up, file)
+    assert lora_settings.doubts(file) == [f"{file}: no adapter_config.json lies beside it, which says how strong it is: taken as alpha = rank; "
+                                          "copy it there, or set generator.lora_scale"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    assert lora_settings.doubts(tmp_path) == lora_settings.doubts(file) == []
+    (tmp_path / "adapter_config.json").unlink()
+    save_file(down_up, file, {"lora_alpha": "8"})
+    assert lora_settings.doubts(file) == []
+    save_file(down_up, tmp_path / "kohyas.safetensors")
+    assert lora_settings.doubts(tmp_path / "kohyas.safetensors") == []
+
+
+def test_a_run_says_once_that_nothing_says_how_strong_its_lora_is(place, tiny_sd, tmp_path):
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig, get_peft_model
+
+    net = get_peft_model(UNet2DConditionModel.from_pretrained(tiny_sd / "unet"), LoraConfig(r=2, target_modules=["to_q"]))
+    net.save_pretrained(tmp_path / "style")
+    wanted = "no adapter_config.json lies beside it"
+    assert wanted not in works("sample", "--round", "1", "--set", f"generator.lora={tmp_path / 'style'}").err
+    (tmp_path / "style/adapter_config.json").unlink()
+    assert works("sample", "--round", "1", "--set", f"generator.lora={tmp_path / 'style'}").err.count(wanted) == 1
 
 
 def test_another_kind_of_peft_is_refused_with_its_name(unet, tmp_path):

@@ -5,8 +5,9 @@ import shutil
 import pytest
 from families import QUIET
 from safetensors.torch import save_file
+from test_formats import pickapic
 
-from fashiondpo_pipeline import adapters, embedded, lora_settings, workspace
+from fashiondpo_pipeline import adapters, embedded, formats, lora_settings, workspace
 from fashiondpo_pipeline.checkpoints import open_source
 from fashiondpo_pipeline.errors import PULL, UserError
 from fashiondpo_pipeline.experts.tower import Tower
@@ -31,6 +32,20 @@ def refused(call, *arguments):
 def test_a_pointer_is_called_one(tmp_path, name, read):
     (tmp_path / name).write_bytes(POINTER)
     assert refused(read, tmp_path / name) == f"{tmp_path / name} is a git LFS pointer, not the file itself: {PULL}"
+
+
+@pytest.mark.parametrize(("name", "beside"), [(f"train.{kind}", False) for kind in ("parquet", "arrow", "jsonl", "csv", "tar")] +
+                         [("train.parquet", True), ("train.arrow", True)])
+def test_an_import_of_pointers_says_what_fetches_them(tmp_path, name, beside):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_bytes(POINTER)
+    if beside:  # a sound file: then the pointer is counted, with the same words
+        pickapic(tmp_path / "set" / "train-2.parquet")
+        found = formats.read("pickapic", tmp_path / "set", tmp_path / "out")
+        assert any("git LFS pointer" in reason for reason in found.manifest["dropped"]), found.manifest["dropped"]
+    else:
+        told = refused(formats.read, "pickapic", tmp_path / "set" / name, tmp_path / "out")
+        assert "is a git LFS pointer" in told and "`git lfs pull` fetches the file" in told and "Parquet" not in told
 
 
 def test_a_model_whose_weights_are_pointers_is_told(tiny_sd, tiny_clip, tmp_path):

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from fashiondpo_pipeline import devices
 from fashiondpo_pipeline.demo import autoencoder, clip, denoiser, drawings, judge, tables
 from fashiondpo_pipeline.demo.fitting import Tick
 from fashiondpo_pipeline.demo.garments import CATEGORIES, PALETTE, Wardrobe, wardrobes
@@ -152,7 +153,7 @@ def build(
         raise UserError(f"There is no part {unknown[0]!r} to build: choose among {', '.join(MAKERS)}.")
     out, fingerprint = Path(out), identity(recipe, seed)
     work = (Path(work) if work else out.with_name(f".{out.name}.work")) / fingerprint
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = devices.find(device, "--device")
     split = wardrobes(images, recipe.sizes, seed)
     out.mkdir(parents=True, exist_ok=True)
     parts = read_parts(out)

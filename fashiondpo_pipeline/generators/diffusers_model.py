@@ -71,9 +71,10 @@ class DiffusersModel:
         transformers_logging.disable_progress_bar()
         self._check_configurations()
         if options.lora:  # read again where it is fused, but told now what is wrong with it
-            from fashiondpo_pipeline.lora_settings import open_lora
+            from fashiondpo_pipeline import lora_settings
 
-            open_lora(Path(options.lora))
+            lora_settings.open_lora(Path(options.lora))
+            self.notes += lora_settings.doubts(Path(options.lora))
         self.scheduler = self._scheduler()
         self._check_noise()
         self.prediction = FLOW if self.flow else self.scheduler.config.prediction_type
@@ -104,7 +105,7 @@ class DiffusersModel:
 
             text = lora_formats.fuse(denoiser, Path(self.options.lora), self.options.lora_scale)
             if text:
-                self.notes = [f"{self.options.lora}: its {len(text)} modules of text encoders are left out, only the denoiser's are used"]
+                self.notes.append(f"{self.options.lora}: its {len(text)} modules of text encoders are left out, only the denoiser's are used")
         return denoiser.to(self.device)
 
     @cached_property

@@ -1,10 +1,10 @@
-"""Each command killed before each change that it makes to the disk: the same command again ends as if nothing had been."""
+"""Each command killed before changes that it makes to the disk: the same command again ends as if nothing had been."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from whole_runs import Process, fdpo, works
+from whole_runs import Process, fdpo, works, works_seen
 
 POINTS = 4  # of each command's writes that are tried; a multiple of what is between them and the last three always
 
@@ -50,32 +50,51 @@ def tree(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def put(state: Path, place: Path) -> None:
+    """Make a working folder what it was: at the same place each time, as some files name it."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(state, place, symlinks=True)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_before_any_write_the_same_command_again_ends_as_if_nothing_had_been(start, tmp_path, name):
-    command = COMMANDS[name]
-    place, straight = tmp_path / "here", tmp_path / "straight"
-    shutil.copytree(start, straight)
-    shutil.move(straight, place)  # the same place each time: some files name it
-    with Process(place, *command, kill_at=0) as process:
-        told = process.wait()
-        assert told.code == 0, told.err
-        writes = process.writes
+def test_killed_before_any_write_the_same_command_again_ends_as_if_nothing_had_been(start, tmp_path, monkeypatch, name):
+    """What a kill leaves is what is there when it strikes: kept for many moments of one run, and for one of them by a real kill."""
+    command, place, states = COMMANDS[name], tmp_path / "here", tmp_path / "states"
+    put(start, place)
+    monkeypatch.chdir(place)
+    writes = works_seen(lambda number: None, *command)
     wanted = tree(place)
     assert writes > 3, "or nothing was counted"
     step = max(writes // POINTS, 1)
-    for number in sorted({*range(1, writes + 1, step), writes - 2, writes - 1, writes}):
-        shutil.rmtree(place)
-        shutil.copytree(start, place)
-        with Process(place, *command, kill_at=number) as process:
-            assert process.wait().code == -9, f"write {number} of {writes}"
+    moments = sorted({*range(1, writes + 1, step), writes - 2, writes - 1, writes})
+    monkeypatch.chdir(tmp_path)
+    put(start, place)
+    monkeypatch.chdir(place)
+
+    def keep(number: int) -> None:
+        if number in moments:
+            shutil.copytree(place, states / f"{number}", symlinks=True)
+
+    assert works_seen(keep, *command) == writes
+    for number in moments:
+        monkeypatch.chdir(tmp_path)
+        put(states / f"{number}", place)
         visible = {path.relative_to(place).parts[0] for path in place.rglob("*")} - {path.name for path in start.iterdir()}
         assert all(top.startswith(".") or top == EXPORTED for top in visible), f"litter after write {number}: {visible}"
-        with Process(place, *command) as process:
-            told = process.wait()
+        monkeypatch.chdir(place)
+        told = fdpo(*command)
         assert told.code == 0, f"killed at write {number} of {writes}: {told.err}"
         found = tree(place)
         assert found.keys() == wanted.keys(), f"killed at write {number} of {writes}: {found.keys() ^ wanted.keys()}"
         assert found == wanted, f"killed at write {number} of {writes}: {[key for key in found if found[key] != wanted[key]]}"
+    struck = moments[len(moments) // 2]
+    monkeypatch.chdir(tmp_path)
+    put(start, place)
+    with Process(place, *command, kill_at=struck) as process:
+        assert process.wait().code == -9, f"write {struck} of {writes}"
+    killed = tree(place)
+    put(states / f"{struck}", place)
+    assert killed == tree(place), "what was kept is not what a kill leaves"
 
 
 @pytest.mark.parametrize("name", ["export-pairs of a run", "import", "generate-sets"])

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,15 +147,31 @@ def _enter(folder: Path, told: Path, args: tuple[str, ...], pause: str | None, k
 
 def _die_at(number: int, count: Path) -> None:
     """Die, as by SIGKILL, just before the number-th time that the disk is changed below the working folder; 0: only count them."""
-    done, here, tally = [0], os.getcwd(), os.open(count, os.O_CREAT | os.O_WRONLY)
+    tally = os.open(count, os.O_CREAT | os.O_WRONLY)
+
+    def see(done: int) -> None:
+        os.pwrite(tally, b"%d" % done, 0)
+        if done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _watch_changes(see)
+
+
+def _watch_changes(see: Callable[[int], None]) -> Callable[[], None]:
+    """see(n) just before the n-th time that the disk is changed below the working folder, until what is returned is called."""
+    here, done, seeing = os.getcwd(), 0, False
+    names = ("replace", "rename", "mkdir", "rmdir", "unlink", "truncate")
+    before = {name: getattr(os, name) for name in names}, os.fsync, io.open
 
     def counted(call, concerns):
         def changing(*args, **kwargs):
-            if concerns(*args, **kwargs):
-                done[0] += 1
-                os.pwrite(tally, b"%d" % done[0], 0)
-                if done[0] == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            nonlocal done, seeing
+            if not seeing and concerns(*args, **kwargs):
+                done, seeing = done + 1, True
+                try:
+                    see(done)
+                finally:
+                    seeing = False
             return call(*args, **kwargs)
         return changing
 
@@ -164,10 +181,34 @@ def _die_at(number: int, count: Path) -> None:
     def written(path, mode="r", *_, **__) -> bool:
         return ours(path) and any(letter in mode for letter in "wax+")
 
-    for name in ("replace", "rename", "mkdir", "rmdir", "unlink", "truncate"):
+    def undo() -> None:
+        for name, call in before[0].items():
+            setattr(os, name, call)
+        os.fsync = before[1]
+        io.open = builtins.open = before[2]
+
+    for name in names:
         setattr(os, name, counted(getattr(os, name), ours))
     os.fsync = counted(os.fsync, lambda _: True)
     io.open = builtins.open = counted(io.open, written)
+    return undo
+
+
+def works_seen(see: Callable[[int], None], *args: str | Path) -> int:
+    """`works` with see(n) before its n-th change of the disk; how many there were. What is there then is what a kill would leave."""
+    count = 0
+
+    def counting(number: int) -> None:
+        nonlocal count
+        count = number
+        see(number)
+
+    undo = _watch_changes(counting)
+    try:
+        works(*args)
+    finally:
+        undo()
+    return count
 
 
 def _stop_after(pattern: str) -> None:

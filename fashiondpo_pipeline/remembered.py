@@ -101,7 +101,8 @@ def hash_within(folder: Path, name: str, hash_it: Callable[[Path], Any]) -> Any:
     """
     stat = os.stat(f"{folder}/{name}")
     stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    place = _place(os.path.abspath(folder), str(_cache()))
+    known_as = os.environ.get("FDPO_CACHE"), os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME")  # what `_cache` looks at
+    place = _place(os.getcwd(), os.fspath(folder), known_as)
     known = _folders.get(place)
     if known is None:
         with _lock:
@@ -118,8 +119,10 @@ def hash_within(folder: Path, name: str, hash_it: Callable[[Path], Any]) -> Any:
 
 
 @lru_cache(maxsize=1_024)
-def _place(folder: str, cache: str) -> Path:
-    return Path(cache) / "folders" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
+def _place(here: str, folder: str, known_as: tuple[str | None, ...]) -> Path:
+    """The file of a folder's hashes; worked out once for each, as a run of thousands of steps asks tens of thousands of times."""
+    whole = os.fsencode(os.path.abspath(os.path.join(here, folder)))
+    return _cache() / "folders" / f"{hashlib.sha256(whole).hexdigest()[:16]}.json"
 
 
 def _hashes(place: Path) -> Hashes:

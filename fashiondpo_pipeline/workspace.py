@@ -77,7 +77,7 @@ class Step:
     def fingerprint(self) -> str:
         return fingerprint_of_text(self._text)
 
-    @property
+    @cached_property
     def folder(self) -> str:
         return f"round-{self.round:02d}/{self.name}-{self.fingerprint}"
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -402,6 +402,11 @@ class _Builder:
             chain.rounds.append(self.round(number, chain.rounds[best], chain.rounds[0], prepared))
         return chain
 
+    @cached_property
+    def drawn_anew(self) -> Callable[[int | None], bool]:
+        """Whether an earlier version drew otherwise, by the steps of a walk; looked up once for all rounds."""
+        return cache(self.session.source.drawn_anew)
+
     def base(self, prepared: dict[str, Step]) -> Watched:
         held_out = self.draw(0, HELD_OUT, None)
         embeddings = self.embed(held_out)
@@ -442,7 +447,7 @@ class _Builder:
         files, args = {"pairs": pairs.identity}, {"pairs": pairs.folder}
         encode = Step("encode", "encode-pairs", number, VERSIONS["encode"], {"negative": "", **self.generator}, {},
                       {"text": self.session.source.text_identity(), **files}, args, implied=True)
-        version = VERSIONS["latents"] + self.session.source.drawn_anew(None)
+        version = VERSIONS["latents"] + self.drawn_anew(None)
         latents = Step("latents", "latents", number, version, {"height": s.height, "width": s.width}, {},
                        {"generator": self.session.generator_identity, **files}, args)
         pair = Step("adopt", "pair", number, VERSIONS["adopt"], {"shares": True} if pairs.shares else {}, {}, files, args)
@@ -483,7 +488,7 @@ class _Builder:
             "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile,
             **({} if held_out else {"save": s.save, "path": s.path, "predictions": s.predictions}), **self.generator,
         }
-        version = VERSIONS["sample"] + self.session.source.drawn_anew(config["steps"])
+        version = VERSIONS["sample"] + self.drawn_anew(config["steps"])
         return Step(
             "sample", "held-out-sample" if held_out else "sample", number, version, config,
             {"encode": self.encode, **({"adapter": adapter} if adapter else {})},

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from fashiondpo_pipeline import memory
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.prompts import HELD_OUT
 from fashiondpo_pipeline.remembered import hash_within
@@ -26,7 +27,8 @@ def run(session: Session, verify: bool, repair: bool) -> None:
         except UserError as problem:
             wrong = problem
     try:
-        chain, states = _table(session)
+        with memory.keeping():
+            chain, states = _table(session)
     except UserError as problem:  # what is damaged may be what the table is made from
         raise wrong or problem from None
     if wrong:

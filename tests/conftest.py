@@ -1,5 +1,6 @@
 """What every test stands on: tiny models built once, one torch thread, no network, and hypothesis without chance."""
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -14,7 +15,7 @@ os.environ.pop("COLUMNS", None)  # what starts the tests may say how wide its te
 import pytest
 import torch
 from hypothesis import settings
-from whole_runs import finished, finished_place, place  # noqa: F401 - fixtures of whole runs
+from whole_runs import curves_drawn, finished, finished_place, place  # noqa: F401 - fixtures of whole runs
 
 from fashiondpo_pipeline import testing
 
@@ -31,6 +32,14 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="fdpo-config-")  # nobod
 def _no_terminal(monkeypatch):
     """Nobody says how wide a terminal is, so that a sentence is a line; pytest-xdist's workers are told by it."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _curves(request):
+    """Tests of pages and of what is on them (test_report.py, test_..._charts.py) draw the curves, which takes others too long."""
+    about_pages = {"report", "charts"} & set(request.module.__name__.split("_"))
+    with curves_drawn() if about_pages else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

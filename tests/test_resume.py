@@ -15,7 +15,7 @@ from whole_runs import Process, Told, fdpo, manifests, refused, results, works
 
 from fashiondpo_pipeline import adapters, workspace
 
-KILLS = 25
+KILLS = 14
 
 
 def progress(run: Path) -> int:
@@ -39,8 +39,8 @@ def kill_after_writing(place: Path, pattern: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_25_moments_ends_as_if_nothing_had_happened(place, finished_place, tmp_path_factory):
-    """Two named moments, and each time after as many changes of the disk as make 25 pieces of a straight run."""
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(place, finished_place, tmp_path_factory):
+    """Two named moments, and each time after as many changes of the disk as make so many pieces of a straight run."""
     run, struck = place / "runs/t", []
     straight = prepare_copy(place, tmp_path_factory)
     with Process(straight, "round", kill_at=0) as process:
@@ -61,7 +61,7 @@ def test_a_run_killed_at_25_moments_ends_as_if_nothing_had_happened(place, finis
         assert len(struck) < 10 * KILLS, "it does not get on"
 
     assert len(struck) >= KILLS - 5
-    assert len({path.name for path in struck if path}) >= 8, "the kills should be spread over many steps"
+    assert len({path.name for path in struck if path}) >= 5, "the kills should be spread over many steps"
     assert {path.parent.name for path in struck if path} >= {"round-01", "round-02", "round-03"}
     assert results(run) == results(finished_place / "runs/t")
     assert not list(run.rglob("*.tmp"))

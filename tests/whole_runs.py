@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from fashiondpo_pipeline import cli, identity, workspace
 from fashiondpo_pipeline.config import load
@@ -79,6 +80,28 @@ def refused(*args: str | Path) -> str:
 def session(*sets: str) -> Session:
     """The working folder's run, to look into or to run in part."""
     return Session(load(Path("pipeline.yaml"), list(sets)), say=lambda text: None)
+
+
+# -- pages without curves
+
+_DRAW = Figure.savefig
+
+
+def _no_curves(self, file, **_) -> None:
+    file.write('<svg viewBox="0 0 1 1"></svg>')
+
+
+Figure.savefig = _no_curves  # a third of the time that a small round takes; tests of the report draw them
+
+
+@contextlib.contextmanager
+def curves_drawn() -> Iterator[None]:
+    """Meanwhile pages have the curves that they have for everybody else."""
+    Figure.savefig = _DRAW
+    try:
+        yield
+    finally:
+        Figure.savefig = _no_curves
 
 
 # -- in a process of its own

@@ -65,6 +65,11 @@ def refused(folder, **options):
     return str(problem.value).splitlines()
 
 
+def in_file(folder, part):
+    """How a sentence about a part's configuration begins."""
+    return f"generator.model: {folder}/{part}/config.json: "
+
+
 def copy(folder, target, part, **values):
     """A copy of a folder with fields of one part set on disk, where stock diffusers reads them too."""
     shutil.copytree(folder, target)
@@ -673,9 +678,8 @@ def test_without_them_nothing_changes(folders, family):
 def test_half_a_mean_and_spread_is_refused(folders, says, spread):
     says("vae", spread)
     assert refused(folders["sdxl"]) == [
-        f"generator.model: {folders['sdxl']}/vae/config.json: latents_mean and latents_std must both have a "
-        f"number for each of the 4 channels, "
-        "or both be null: correct the file"
+        in_file(folders["sdxl"], "vae") + "latents_mean and latents_std must both have a number for each of the 4 channels, or both be "
+        "null: correct the file"
     ]
 
 
@@ -685,9 +689,8 @@ def test_half_a_mean_and_spread_is_refused(folders, says, spread):
 def test_a_denoiser_that_is_told_more_than_the_latent_is_refused(folders, says):
     says("unet", {"in_channels": 9})
     assert refused(folders["sd"]) == [
-        f"generator.model: {folders['sd']}/unet/config.json: out_channels is 4 and in_channels 9; a "
-        f"StableDiffusionPipeline has a denoiser that is "
-        "told the latent alone and answers in its shape: use another model"
+        in_file(folders["sd"], "unet") + "out_channels is 4 and in_channels 9; a StableDiffusionPipeline has a denoiser that is told the "
+        "latent alone and answers in its shape: use another model"
     ]
 
 
@@ -704,11 +707,8 @@ def test_a_refiner_that_calls_itself_a_base_is_refused(folders, says):
     """It is told five numbers beside the prompt, the last of them how fine the picture should be."""
     says("unet", {"projection_class_embeddings_input_dim": 5 * 8 + 16})
     assert refused(folders["sdxl"]) == [
-        f"generator.model: {folders['sdxl']}/unet/config.json: the denoiser wants 56 numbers beside the "
-        f"prompt "
-        "(projection_class_embeddings_input_dim), and six of the picture's size with the pooled prompt are "
-        "64, as for a refiner or another "
-        "model: use another one"
+        in_file(folders["sdxl"], "unet") + "the denoiser wants 56 numbers beside the prompt (projection_class_embeddings_input_dim), and "
+        "six of the picture's size with the pooled prompt are 64, as for a refiner or another model: use another one"
     ]
 
 

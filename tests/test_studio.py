@@ -130,6 +130,12 @@ class Page:
         self.page.close()
 
 
+def unlabelled_set(folder):
+    """A pair set of one pair a group, to which nobody has said anything."""
+    pairsets.write(folder, pictures(2), [{"group": g, "first": 0, "second": 1} for g in GROUPS], {"source": "test", "lineage": {}, "dropped": {}})
+    return folder
+
+
 def test_ten_pairs_are_judged_the_server_is_killed_and_the_eleventh_follows(made, browser):  # noqa: F811
     folder = made / "runs/made/annotations"
     with Served(made) as served:
@@ -241,8 +247,7 @@ def test_a_phone_shows_both_pictures_and_every_button_without_scrolling_sideways
 
 
 def test_after_the_last_pair_keys_judge_nothing_more_and_the_last_answer_can_be_taken_back(made, browser):  # noqa: F811
-    folder = made / "sets"
-    pairsets.write(folder, pictures(2), [{"group": g, "first": 0, "second": 1} for g in GROUPS], {"source": "test", "lineage": {}, "dropped": {}})
+    folder = unlabelled_set(made / "sets")
     with Served(made, str(folder)) as served:
         page = Page(browser, served.url)
         page.tab("Annotate")
@@ -292,8 +297,7 @@ def test_lost_pairs_are_shown_where_a_margin_grows(made, browser):  # noqa: F811
 
 
 def test_a_pair_set_is_annotated_and_saved_as_another(made, browser):  # noqa: F811
-    folder = made / "sets"
-    pairsets.write(folder, pictures(2), [{"group": g, "first": 0, "second": 1} for g in GROUPS], {"source": "test", "lineage": {}, "dropped": {}})
+    folder = unlabelled_set(made / "sets")
     with Served(made, str(folder)) as served:
         page = Page(browser, served.url)
         page.begin("ann")

@@ -24,8 +24,7 @@ def run(session, step: Step, out: Output) -> None:
         won = statistics.wins(opinions["after"][name], opinions[other][name])
         if not np.isfinite(won).any():
             raise UserError(f"round {step.round} evaluate: expert '{name}' has no picture that it scored in both; look at its reasons")
-        seed = key(knobs["seed"], "bootstrap", name, other)
-        mean, low, high = statistics.interval(won, seed, knobs["bootstrap"], knobs["interval"])
+        mean, low, high = statistics.interval(won, knobs["interval"])
         return {"win_rate": mean, "low": low, "high": high}
 
     experts = {

@@ -256,3 +256,39 @@ def noise_of(scores: np.ndarray, disturbed: np.ndarray, quantile: float = 0.95) 
     """A judge's own noise: this quantile of how much its score changes with a picture that nobody could tell apart; 0 if unknown."""
     change = np.abs(disturbed - scores)
     return float(np.nanquantile(change, quantile)) if np.isfinite(change).any() else 0.0
+
+
+# -- what a setting of the sampler gives
+
+
+def base_by_setting(sampler: list[dict]) -> dict[str, dict | None]:
+    """What the base reaches by the sampler's settings alone, lines of `sampler` (each with role, usual, forwards and mean).
+
+    equal: its best line at no more forwards than the usual setting takes; any: its best line at any forwards; reaches: the line of fewest
+    forwards whose mean is at least the tuned model's under the usual setting, where that is more than the base's own; None: none does.
+    """
+    base = [line for line in sampler if line["role"] == "base" and line["mean"] is not None]
+    usual = {line["role"]: line for line in sampler if line["usual"] and line["mean"] is not None}
+    if len(usual) < 2:
+        return {"equal": None, "any": None, "reaches": None}
+
+    def best(lines: list[dict]) -> dict:
+        return max(lines, key=lambda line: line["mean"])  # the first of equals: the usual one
+
+    gained = usual["after"]["mean"] > usual["base"]["mean"]
+    reaching = [line for line in base if gained and line["mean"] >= usual["after"]["mean"]]
+    return {
+        "equal": best([line for line in base if line["forwards"] <= usual["base"]["forwards"]]), "any": best(base),
+        "reaches": min(reaching, key=lambda line: (line["forwards"], -line["mean"]), default=None),
+    }
+
+
+def setting_in_words(line: dict, usual: dict) -> str:
+    """What a line of `sampler` does otherwise than the usual one.
+
+    >>> usual = {"guidance": 1.0, "steps": 10, "eta": 1.0, "guidance_rescale": 0.0, "forwards": 10}
+    >>> setting_in_words(usual | {"guidance": 1.5, "steps": 5}, usual)
+    'guidance 1.5, 5 steps'
+    """
+    words = {"guidance": "guidance {:g}", "steps": "{} steps", "eta": "eta {:g}", "guidance_rescale": "guidance rescaled by {:g}"}
+    return ", ".join(text.format(line[knob]) for knob, text in words.items() if line[knob] != usual[knob]) or "the usual setting"

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds
+from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds, statistics
 from fashiondpo_pipeline.report import Missing, Record
 from fashiondpo_pipeline.workspace import Step, write_sealed
 from stages import Session
-from stages.evaluate import measure
+from stages.evaluate import decoded
 from stages.report import _made, _pictures, read, write
 
 EVIL = "<script>alert(1)</script> & a hat"
@@ -433,7 +433,7 @@ def test_the_default_judge_is_said_to_be_a_logarithm_and_the_mix_a_mean(record):
 
 def test_drift_is_told_in_the_spread_of_the_base_that_evaluate_measured(session, record):
     table = pa.concat_tables([session.output(session.chain(2).rounds[0].held_out).table("candidates")])
-    brightness = [measure(row["bytes"], "here")[0] for row in table["picture"].to_pylist()]
+    brightness = [statistics.meters(decoded(row["bytes"], "here"))[0] for row in table["picture"].to_pylist()]
     found = record.last.numbers["meters"]["brightness"]
     assert found["spread"] == pytest.approx(np.std(brightness), rel=1e-5)
     assert found["base"] == pytest.approx(np.mean(brightness), rel=1e-5)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fashiondpo_pipeline.effect_size import as_good_as
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.statistics import FEW, FEWEST, percent, wilson
 
@@ -434,14 +435,19 @@ def _shift(found: Mapping) -> float | None:
 
 
 def best_round(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> int:
-    """The round to keep: of those without an alarm that beat the base, the highest win rate over it; 0 (the base) if none does.
+    """The round to keep: of those without an alarm that beat the base, the highest mean by the judge; 0 (the base) if none does.
 
     rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base where the interval
-    of its win rate lies wholly above one half. Of equal rounds the earlier is kept: it moved less.
+    of its best-of-n equivalent lies wholly above 1; where there is none (nobody rewarded is asked about held-out draws) that of its
+    win rate above one half. Of equal rounds the earlier is kept: it moved less.
     """
-    rates = {number: _rate(rounds[number], judge) for number in sorted(rounds)}
-    fit = [number for number, rate in rates.items() if rate["low"] > 0.5 and not of_round(number, rounds[number], drift)]
-    return max(fit, key=lambda number: rates[number]["win_rate"], default=0)
+    fit = [number for number in sorted(rounds) if _beats(rounds[number], judge) and not of_round(number, rounds[number], drift)]
+    return max(fit, key=lambda number: rounds[number]["size"]["shift"]["value"] or 0.0, default=0)
+
+
+def _beats(numbers: dict, judge: str) -> bool:
+    least = numbers["size"]["best_of"]["low"]
+    return _rate(numbers, judge)["low"] > 0.5 if least is None else least > 1
 
 
 def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> str:
@@ -449,9 +455,12 @@ def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = 
     best = best_round(rounds, judge, drift)
     alarmed = [number for number in sorted(rounds) if of_round(number, rounds[number], drift)]
     aside = f"; not counting round{'s' if len(alarmed) > 1 else ''} {', '.join(map(str, alarmed))}, which raised an alarm" if alarmed else ""
-    if best:
-        return f"Round {best} is the one to keep: {judge} prefers it to the base in {percent(_rate(rounds[best], judge))}{aside}."
-    return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above one half{aside}."
+    if not best:
+        return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above the best of 1{aside}."
+    found = rounds[best]
+    why = (f"{judge} prefers it to the base in {percent(_rate(found, judge))}" if found["size"]["best_of"]["low"] is None else
+           f"by {judge} one picture of it is {as_good_as(found['size']['best_of'])} of the base")
+    return f"Round {best} is the one to keep: {why}{aside}."
 
 
 def _rate(numbers: dict, judge: str) -> dict:

@@ -155,7 +155,7 @@ def best_of(quality: np.ndarray, after: np.ndarray, coverage: float) -> tuple[fl
     if len(after) < statistics.FEWEST:
         return value, 0.0, math.inf
     low, high = _places_not_refuted(quality, after, statistics.t_quantile(coverage, len(after) - 1))
-    return value, n_of(low), n_of(high)
+    return value, min(n_of(low), quality.shape[1] // 2 + 1), n_of(high)  # more than k is at least k
 
 
 STEPS = 50  # of a whole place that are tried
@@ -283,6 +283,17 @@ def base_by_setting(sampler: list[dict]) -> dict[str, dict | None]:
     }
 
 
+def reached_in_words(found: dict[str, dict | None], sampler: list[dict]) -> str | None:
+    """A gain that a setting of the sampler gives the base, as a sentence; None where none does. found: `base_by_setting` of `sampler`."""
+    line = found["reaches"]
+    if line is None:
+        return None
+    usual = next(one for one in sampler if one["usual"])
+    right = "" if line["right"] is None else f", {100 * line['right']:.1f} % right"
+    return (f"no gain of tuning alone: {setting_in_words(line, usual)} gives the base as much, untuned "
+            f"(mean {line['mean']:.3f}{right}; {line['forwards']} denoiser rows a picture, {usual['forwards']} now)")
+
+
 def setting_in_words(line: dict, usual: dict) -> str:
     """What a line of `sampler` does otherwise than the usual one.
 
@@ -292,3 +303,47 @@ def setting_in_words(line: dict, usual: dict) -> str:
     """
     words = {"guidance": "guidance {:g}", "steps": "{} steps", "eta": "eta {:g}", "guidance_rescale": "guidance rescaled by {:g}"}
     return ", ".join(text.format(line[knob]) for knob, text in words.items() if line[knob] != usual[knob]) or "the usual setting"
+
+
+# -- for people
+
+
+def as_good_as(found: dict) -> str:
+    """What one picture is as good as, in words; found: best_of as `evaluate` writes it.
+
+    >>> as_good_as({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
+    'as good as the best of 3.4 [2.9, 4.1]'
+    >>> as_good_as({"value": 0.5, "low": 0.4, "high": 0.8, "most": 16})
+    'only as good as the worst of 2.0 [1.2, 2.5]'
+    >>> as_good_as({"value": None, "low": 11.0, "high": None, "most": 16})
+    'better than the best of 16 [11.0, more]'
+    """
+    value, low, high, most = (found[name] for name in ("value", "low", "high", "most"))
+    if value is None and low is None:
+        return "of unknown worth beside those"
+    if value is None or value == 0:
+        head, worst = ("better than the best of" if value is None else "worse than the worst of") + f" {most}", value == 0
+    else:
+        worst = value < 1
+        head = f"only as good as the worst of {1 / value:.1f}" if worst else f"as good as the best of {value:.1f}"
+    if not low and high is None:
+        return f"{head} (so few prompts say nothing of others)"
+    ends = [1 / high if high else None, 1 / low if low else None] if worst else [low, high]
+    first, last = ("more" if end is None else f"{end:.1f}" for end in ends)
+    return f"{head} [{first}, {last}]"
+
+
+def in_words(size: dict) -> list[str]:
+    """How much a round gained, in a few clauses, most telling first; size: as `evaluate` writes it."""
+    right, even, shift, moved = (size[name] for name in ("right", "diversity_at_equal_quality", "shift", "visible_change"))
+    said = [f"one picture is {as_good_as(size['best_of'])} of the base"]
+    if right:
+        said.append(f"right {100 * right['base']['value']:.1f} -> {100 * right['after']['value']:.1f} % "
+                    f"({right['mended']:,} mended, {right['broken']:,} broken of {right['pictures']:,})")
+    elif shift["value"] is not None:
+        said.append(f"mean {shift['value']:+.2f} standard deviations of the base")
+    if even["value"] is not None:
+        said.append(f"diversity {even['value']:.2f} of the base's at equal quality")
+    if moved["value"] is not None:
+        said.append(f"visible change {moved['value']:.2f}")
+    return said

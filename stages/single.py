@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fashiondpo_pipeline import diagnosis, pairsets
+from fashiondpo_pipeline import diagnosis, effect_size, pairsets
 from fashiondpo_pipeline.config import OfRound, Pair, may_differ
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import fingerprint
@@ -58,6 +58,8 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     elif stage == "evaluate":
         numbers, finetune = session.output(steps[-1]).manifest["numbers"], session.output(chain.rounds[number].finetune)
         session.say(f"round {number}: {in_words(numbers, r.before)}")
+        if said := effect_size.reached_in_words(numbers["base_by_setting"], numbers["sampler"]):
+            session.say(f"round {number}: {said}")
         for finding in diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], finetune.table("steps"), numbers):
             session.say(f"round {number}: {finding.level}: {finding.sentence}")
     else:

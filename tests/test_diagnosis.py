@@ -326,11 +326,12 @@ def rate(win_rate, low, high):
     return {"win_rate": win_rate, "low": low, "high": high}
 
 
-def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5) -> dict:
+def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5, best_of=(3.4, 2.9, 4.1), shift=0.5) -> dict:
     """What `evaluate` says of a round: saturation 0.4 +- 0.1 and diversity 0.5 +- 0.2 in the base."""
     rates = {"clip": (clip, True), "judge": (judge, False), "watcher": (watcher, False)}
     return {
         "experts": {name: {"rewarded": rewarded, "against_base": rate(*found)} for name, (found, rewarded) in rates.items()},
+        "size": {"best_of": dict(zip(("value", "low", "high", "most"), (*best_of, 16), strict=True)), "shift": {"value": shift}},
         "meters": {"saturation": {"base": 0.4, "after": saturation, "spread": 0.1}},
         "diversity": {"base": 0.5, "before": 0.5, "after": diversity, "spread": 0.2},
     }
@@ -388,31 +389,41 @@ def test_what_was_not_measured_or_does_not_vary_has_no_shift():
 # -- the round to keep
 
 
-def test_the_round_with_the_highest_win_rate_is_kept():
-    assert best_round({1: numbers(), 2: numbers(judge=(0.9, 0.8, 0.95)), 3: numbers(judge=(0.8, 0.7, 0.9))}, "judge") == 2
+NO_MIX = (None, None, None)  # nobody rewarded is asked about held-out draws: nothing to choose the base's pictures by
+
+
+def test_the_round_with_the_highest_mean_is_kept_whatever_the_win_rates():
+    rounds = {1: numbers(judge=(0.9, 0.8, 0.95)), 2: numbers(judge=OPEN, shift=0.9), 3: numbers(judge=(0.8, 0.7, 0.9), shift=0.7)}
+    assert best_round(rounds, "judge") == 2
 
 
 def test_of_equal_rounds_the_earlier_is_kept_in_whatever_order_they_come():
-    assert best_round({3: numbers(), 2: numbers(), 1: numbers(judge=OPEN)}, "judge") == 2
+    assert best_round({3: numbers(), 2: numbers(), 1: numbers(best_of=(1.1, 0.9, 1.3))}, "judge") == 2
 
 
 def test_a_round_with_an_alarm_is_not_kept_however_high():
-    rounds = {1: numbers(), 2: numbers(judge=(0.9, 0.8, 0.95), saturation=0.9)}
+    rounds = {1: numbers(), 2: numbers(shift=0.9, saturation=0.9)}
     assert best_round(rounds, "judge") == 1
     assert best_round(rounds, "judge", drift=None) == 2
-    assert best_in_words(rounds, "judge") == ("Round 1 is the one to keep: judge prefers it to the base in 70.0 % [60.0, 80.0]; "
-                                              "not counting round 2, which raised an alarm.")
+    assert best_in_words(rounds, "judge") == ("Round 1 is the one to keep: by judge one picture of it is as good as the best of 3.4 [2.9, 4.1] "
+                                              "of the base; not counting round 2, which raised an alarm.")
 
 
-@pytest.mark.parametrize(("low", "best"), [(0.5, 0), (0.501, 1)])
-def test_the_base_is_kept_unless_an_interval_lies_wholly_above_one_half(low, best):
-    assert best_round({1: numbers(judge=(0.6, low, 0.7))}, "judge") == best
+@pytest.mark.parametrize(("low", "best"), [(1.0, 0), (1.01, 1), (0.0, 0)])
+def test_the_base_is_kept_unless_an_equivalent_lies_wholly_above_one(low, best):
+    """However often a difference of nothing is won: a win rate of 90 % alone keeps no round."""
+    assert best_round({1: numbers(judge=(0.9, 0.8, 0.95), best_of=(1.2, low, 1.4))}, "judge") == best
+
+
+def test_more_than_can_be_told_is_above_one():
+    assert best_round({1: numbers(best_of=(None, 9.0, None))}, "judge") == 1
+    assert "better than the best of 16 [9.0, more] of the base" in best_in_words({1: numbers(best_of=(None, 9.0, None))}, "judge")
 
 
 def test_the_base_is_kept_in_words_where_no_round_beats_it():
-    sentence = "The base is the one to keep: no round beats it by judge, with an interval wholly above one half"
-    assert best_in_words({1: numbers(judge=OPEN)}, "judge") == sentence + "."
-    found = {1: numbers(judge=DOWN), 2: numbers(judge=DOWN, saturation=0.9)}
+    sentence = "The base is the one to keep: no round beats it by judge, with an interval wholly above the best of 1"
+    assert best_in_words({1: numbers(best_of=(1.1, 0.9, 1.3))}, "judge") == sentence + "."
+    found = {number: numbers(best_of=(0.5, 0.4, 0.7), saturation=0.9) for number in (1, 2)}
     assert best_in_words(found, "judge") == sentence + "; not counting rounds 1, 2, which raised an alarm."
 
 
@@ -420,9 +431,11 @@ def test_no_round_at_all_keeps_the_base():
     assert best_round({}, "judge") == 0
 
 
-def test_another_judge_keeps_another_round():
-    rounds = {1: numbers(judge=(0.9, 0.8, 0.95)), 2: numbers(watcher=(0.9, 0.8, 0.95))}
-    assert (best_round(rounds, "judge"), best_round(rounds, "watcher")) == (1, 2)
+@pytest.mark.parametrize(("low", "best"), [(0.5, 0), (0.501, 1)])
+def test_where_there_is_nothing_to_choose_by_the_win_rate_decides(low, best):
+    found = {1: numbers(judge=(0.6, low, 0.7), best_of=NO_MIX), 2: numbers(judge=OPEN, watcher=UP, best_of=NO_MIX)}
+    assert best_round(found, "judge") == best and best_round(found, "watcher") == 2
+    assert best != 1 or best_in_words(found, "judge").endswith("judge prefers it to the base in 60.0 % [50.1, 70.0].")
 
 
 # -- how much there is to go by

@@ -168,7 +168,7 @@ def test_a_model_that_did_not_change_is_worth_one_picture():
 
 def test_beyond_what_k_pictures_tell_there_is_no_number():
     quality, after = simulated(np.random.default_rng(2), gain=4.0)
-    assert best_of(quality, after, 0.95) == (math.inf, math.inf, math.inf)
+    assert best_of(quality, after, 0.95) == (math.inf, 16, math.inf)
     assert best_of(quality, -after, 0.95) == (0, 0, 0)
     value, low, high = best_of(*simulated(np.random.default_rng(3), gain=1.5, g=12), 0.95)
     assert 3 < low < value and high == math.inf, "the upper end alone may be unknown"

@@ -179,12 +179,12 @@ def test_a_round_that_changed_nothing_gained_nothing(place):
 # -- who says it
 
 
-@pytest.mark.parametrize("command", [["status"], ["round"]])
+@pytest.mark.parametrize("command", [["status"], ["inspect", "scores", "--held-out", "--round", "1"], ["round"]])
 def test_how_much_was_gained_is_said_before_the_win_rate(finished, command):
     told = works(*command)
     said = told.err + told.out
     words = effect_size.as_good_as(outputs(session())[2]["size"]["best_of"])
-    if command == ["status"]:
+    if command != ["round"]:
         assert f"round 1: one picture is {words} of the base" in said
         assert said.index("one picture is") < said.index("bright prefers it to the base in")
     else:

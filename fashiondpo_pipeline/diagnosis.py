@@ -31,6 +31,8 @@ PLATEAU = 0.02  # gain of accuracy over the second half below which it taught no
 FEW_PAIRS, FEW_STEPS = 10, 10  # pairs to learn from, and optimiser steps, below which a round shows little
 SKIPPED = 0.05  # share of steps without a finite gradient; fp16 skips a few while it finds its scale
 DRIFT = 1.0  # standard deviations of the base's pictures that a meter may move
+STRUCTURE = ("edge_density", "colour_entropy")  # what is drawn at all: it may not get lost, however much the base's pictures vary in it
+HALF = 0.5  # share of the base's structure that must be left; where a published run lost 60 % of its edges, its reward rose all the while
 Z = 1.96  # of a two-sided interval of 95 %
 NAMED = 6  # more timesteps than these are counted, not named
 
@@ -392,9 +394,10 @@ def of_round(number: int, numbers: dict, drift: float | None = DRIFT) -> list[Fi
     """Signs that a round pleases its reward and not the eye, against the base.
 
     A watched expert falls (its interval wholly below one half) while a rewarded one rises (wholly above), or the mean of a meter
-    or of diversity moved by more than `drift` standard deviations of the base's; None: the latter is never an alarm.
+    or of diversity moved by more than `drift` standard deviations of the base's, or a meter of structure lost more than HALF of
+    the base's; None: the latter two are never an alarm.
     """
-    return [*_watched_fall(number, numbers), *_drifted(number, numbers, drift)]
+    return [*_watched_fall(number, numbers), *_drifted(number, numbers, drift), *_emptied(number, numbers, drift)]
 
 
 def _watched_fall(number: int, numbers: dict) -> list[Finding]:
@@ -411,11 +414,26 @@ def _watched_fall(number: int, numbers: dict) -> list[Finding]:
 def _drifted(number: int, numbers: dict, limit: float | None) -> list[Finding]:
     if limit is None:
         return []
-    far = [f"{name} by {shift:+.1f}" for name, shift in shifts(numbers).items() if shift is not None and abs(shift) > limit]
+    far = [f"{name.replace('_', ' ')} by {shift:+.1f}" for name, shift in shifts(numbers).items() if shift is not None and abs(shift) > limit]
     if not far:
         return []
     what = f"round {number}: pictures drifted from the base's, in standard deviations: {', '.join(far)} (evaluate.drift is {limit:g})"
     return [Finding("alarm", what, "if the prompts did not ask for that, keep an earlier round, or raise finetune.beta")]
+
+
+def _emptied(number: int, numbers: dict, limit: float | None) -> list[Finding]:
+    """Structure that is gone, where the base's pictures vary too much in it for a standard deviation to tell."""
+    if limit is None:
+        return []
+    lost = []
+    for name, values in ((name, numbers["meters"][name]) for name in STRUCTURE if name in numbers["meters"]):
+        base, after, shift = values["base"], values["after"], _shift(values)
+        if base and after is not None and after < HALF * base and (shift is None or abs(shift) <= limit):  # else drift has told
+            lost.append(f"{name.replace('_', ' ')} fell by {100 * (1 - after / base):.0f} %, from {base:.3g} to {after:.3g}")
+    if not lost:
+        return []
+    return [Finding("alarm", f"round {number}: pictures lost structure: {'; '.join(lost)}",
+                    "look at them; if garments are drawn flatter or emptier, keep an earlier round, or raise finetune.beta")]
 
 
 def shifts(numbers: dict) -> dict[str, float | None]:

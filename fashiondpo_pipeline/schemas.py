@@ -172,5 +172,8 @@ METERS = _schema(
     ("contrast", pa.float32(), "standard deviation of luminance, 0..1"),
     ("saturation", pa.float32(), "mean of (max-min)/max over pixels, 0..1"),
     ("sharpness", pa.float32(), "mean absolute luminance difference of neighbours, 0..1"),
+    ("edge_density", pa.float32(), "share of pixels on an edge, 0..1"),
+    ("colour_entropy", pa.float32(), "entropy of the colours, 0..9 bits"),
+    ("dark_pixels", pa.float32(), "share of pixels of a luminance below 0.2, 0..1"),
     about="one row is one picture's pixel statistics, watched for drift",
 )

@@ -201,7 +201,14 @@ def diversity(embeddings: np.ndarray) -> float:
     return float(1 - similar.mean())
 
 
-def meters(picture: np.ndarray) -> tuple[float, float, float, float]:
-    """(brightness, contrast, saturation, sharpness) of one (h, w, 3) uint8 picture, each 0..1; this sharpness is `pixels.edges`."""
+METERS = {  # what evaluate watches of each picture, and the checks compare winners and losers by; "sharpness" is `pixels.edges`
+    "brightness": pixels.brightness, "contrast": pixels.contrast, "saturation": pixels.saturation, "sharpness": pixels.edges,
+    "edge_density": pixels.edge_density, "colour_entropy": pixels.colour_entropy, "dark_pixels": pixels.dark_pixels,
+}
+OF_COLOUR = ("saturation", "colour_entropy")  # the others read luminance alone
+
+
+def meters(picture: np.ndarray) -> tuple[float, ...]:
+    """Every meter of METERS, in its order, of one (h, w, 3) uint8 picture."""
     light = pixels.luminance(picture)
-    return pixels.brightness(light), pixels.contrast(light), pixels.saturation(picture), pixels.edges(light)
+    return tuple(measure(picture if name in OF_COLOUR else light) for name, measure in METERS.items())

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fashiondpo_pipeline import memory, panel, schemas, seeds
+from fashiondpo_pipeline import memory, panel, schemas, seeds, statistics
 from fashiondpo_pipeline.checkpoints import Source, Unreachable
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.embedded import locate
@@ -324,7 +324,7 @@ class Costs:
 
         def pack(some: list[dict]) -> int:
             keys = self._keys(some, step, after)
-            return packed_size(pa.table([*keys, *_numbers(len(keys[0]), 4).astype(np.float32).T], schema=schemas.METERS))
+            return packed_size(pa.table([*keys, *_numbers(len(keys[0]), len(statistics.METERS)).astype(np.float32).T], schema=schemas.METERS))
 
         rows = self.session.prompts[after.args["split"]].rows
         return self._shards(rows, len(rows), pack, "evaluate", after.config["candidates"])

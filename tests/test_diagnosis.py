@@ -386,6 +386,31 @@ def test_what_was_not_measured_or_does_not_vary_has_no_shift():
     assert of_rounds({1: found}) == []
 
 
+def structure(base, after, spread, name="edge_density") -> dict:
+    return numbers() | {"meters": {name: {"base": base, "after": after, "spread": spread}}}
+
+
+def test_structure_that_is_gone_is_an_alarm_however_much_the_base_varies_in_it():
+    (alarm,) = of_rounds({2: structure(0.2, 0.08, 0.15)})
+    assert alarm.level == "alarm"
+    assert alarm.what == "round 2: pictures lost structure: edge density fell by 60 %, from 0.2 to 0.08"
+    assert of_rounds({2: structure(0.2, 0.08, 0.15)}, drift=None) == []
+    assert len(of_rounds({2: structure(4.0, 1.9, 9.0, "colour_entropy")})) == 1
+    assert best_round({1: structure(0.2, 0.08, 0.15)}, "judge") == 0
+
+
+@pytest.mark.parametrize(("after", "count"), [(0.101, 0), (0.099, 1)])
+def test_half_of_the_structure_may_go(after, count):
+    assert len(of_rounds({1: structure(0.2, after, 0.15)})) == count
+
+
+def test_what_drift_tells_already_is_told_once_and_what_is_no_structure_may_halve():
+    (alarm,) = of_rounds({1: structure(0.2, 0.08, 0.05)})
+    assert "edge density by -2.4" in alarm.what and "lost structure" not in alarm.what
+    assert of_rounds({1: structure(0.2, 0.08, 0.15, "dark_pixels")}) == []
+    assert of_rounds({1: structure(0.0, 0.0, 0.0)}) == of_rounds({1: structure(None, None, None)}) == []
+
+
 # -- the round to keep
 
 

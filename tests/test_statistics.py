@@ -233,13 +233,14 @@ def flat(*colour):
 @pytest.mark.parametrize(
     ("pixels", "wanted"),
     [
-        (flat(255, 255, 255), (1.0, 0.0, 0.0, 0.0)),
-        (flat(0, 0, 0), (0.0, 0.0, 0.0, 0.0)),
-        (flat(255, 0, 0), (0.2126, 0.0, 1.0, 0.0)),
-        (flat(0, 255, 0), (0.7152, 0.0, 1.0, 0.0)),
-        (flat(200, 100, 100), ((0.2126 * 200 + 0.7874 * 100) / 255, 0.0, 0.5, 0.0)),
+        (flat(255, 255, 255), (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+        (flat(0, 0, 0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),
+        (flat(255, 0, 0), (0.2126, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)),
+        (flat(0, 255, 0), (0.7152, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)),
+        (flat(0, 0, 255), (0.0722, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)),
+        (flat(200, 100, 100), ((0.2126 * 200 + 0.7874 * 100) / 255, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0)),
     ],
-    ids=["white", "black", "red", "green", "pink"],
+    ids=["white", "black", "red", "green", "blue", "pink"],
 )
 def test_meters_of_flat_pictures_are_what_they_are_by_hand(pixels, wanted):
     assert meters(pixels) == pytest.approx(wanted, abs=1e-5)
@@ -247,11 +248,11 @@ def test_meters_of_flat_pictures_are_what_they_are_by_hand(pixels, wanted):
 
 def test_a_chessboard_is_half_bright_and_as_contrasty_and_sharp_as_can_be():
     board = (np.indices((4, 4)).sum(0) % 2 * 255).astype(np.uint8)
-    assert meters(np.repeat(board[..., None], 3, 2)) == pytest.approx((0.5, 0.5, 0.0, 1.0), abs=1e-5)
+    assert meters(np.repeat(board[..., None], 3, 2)) == pytest.approx((0.5, 0.5, 0.0, 1.0, 15 / 16, 1.0, 0.5), abs=1e-5)
 
 
 def test_one_edge_is_as_sharp_as_its_share_of_neighbours():
-    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2."""
+    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2; one column of four is on the edge."""
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[:, 2:] = 255
-    assert meters(pixels) == pytest.approx((0.5, 0.5, 0.0, 1 / 6), abs=1e-5)
+    assert meters(pixels) == pytest.approx((0.5, 0.5, 0.0, 1 / 6, 1 / 4, 1.0, 0.5), abs=1e-5)

@@ -500,3 +500,127 @@ def test_a_gain_that_finetuning_did_not_learn_is_told_with_both_figures():
     assert finding.what == ("judge prefers the round to the base in 85.9 % [70.0, 95.0], but finetuning told its pairs apart no better than chance "
                             "(50.5 %)")
     assert diagnosis.of_evidence(100, steps, evaluated(low=0.4)) == [], "nothing is claimed, so nothing is doubted"
+
+
+# -- how much was gained
+
+OWN = {"guidance": 1.0, "steps": 10}
+
+
+def span(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
+def size(best=(3.4, 2.9, 4.1), diversity=(1.02, 0.97, 1.07), moved=0.4, ties=0.1) -> dict:
+    """What is as it should be but for what is given."""
+    return {"best_of": span(*best) | {"most": 16}, "diversity_at_equal_quality": span(*diversity), "visible_change": span(moved, 0.0, 1.0),
+            "right": None, "shift": span(0.3, 0.2, 0.4), "noise": 0.02, "ties": ties}
+
+
+def sampler(*rows) -> list[dict]:
+    return [{"role": role, "guidance": guidance, "steps": steps, "forwards": forwards, "mean": mean, "right": right, "diversity": 0.1,
+             "pictures": 640} for role, guidance, steps, forwards, mean, right in rows]
+
+
+def of_size(found=None, rows=(), prompts=40, own=OWN, **knobs) -> list[tuple[str, str]]:
+    numbers = {"prompts": prompts, "size": size() if found is None else found, "sampler": list(rows)}
+    return [(finding.level, finding.sentence) for finding in diagnosis.of_size(numbers, own, knobs)]
+
+
+LINE = sampler(("base", 1.0, 10, 10, -0.5, 0.845), ("after", 1.0, 10, 10, -0.3, 0.93), ("base", 1.5, 10, 20, -0.4, 0.90),
+               ("after", 1.5, 10, 20, -0.25, 0.95), ("base", 1.0, 20, 20, -0.45, 0.86))
+
+
+def test_a_round_that_gained_calls_for_no_remark():
+    assert of_size(rows=LINE) == of_size() == [] == diagnosis.of_size({"prompts": 40})
+
+
+def test_a_policy_that_hardly_moved_is_told_with_both_figures_and_what_to_turn():
+    (found,) = of_size(size(best=(1.2, 1.1, 1.3), moved=0.04), beta=2000.0, learning_rate=6e-4)
+    assert found == ("warning", "the policy hardly moved (visible change 0.04, best of 1.2): lower finetune.beta (2000 now) or raise "
+                                "finetune.learning_rate (0.0006 now)")
+    assert of_size(size(best=(1.2, 1.1, 1.3), moved=0.04))[0][1].endswith("lower finetune.beta or raise finetune.learning_rate")
+    assert "worst of 1.2" in of_size(size(best=(1 / 1.2, 0.7, 1.1), moved=0.04))[0][1]
+
+
+@pytest.mark.parametrize(("best", "moved", "told"), [
+    ((1.49, 1.1, 1.6), 0.099, True), ((1.51, 1.1, 1.6), 0.099, False), ((1.49, 1.1, 1.6), 0.101, False), ((None, 9.0, None), 0.05, False),
+    ((1.2, 1.1, 1.3), None, False),
+])
+def test_to_have_hardly_moved_is_to_have_changed_little_and_gained_little(best, moved, told):
+    assert any("hardly moved" in sentence for _, sentence in of_size(size(best=best, moved=moved))) == told
+
+
+def test_pictures_that_changed_and_got_no_better_are_told():
+    (found,) = of_size(size(best=(1.1, 0.8, 1.5), moved=0.4))
+    assert found[0] == "warning" and found[1].startswith(
+        "pictures changed (visible change 0.40) and got no better: one is as good as the best of 1.1 [worst of 1.2, best of 1.5] of the base:")
+    assert of_size(size(best=(1.1, 1.01, 1.5), moved=0.4)) == []
+
+
+def test_diversity_paid_for_nothing_is_an_interval_wholly_below_what_choosing_keeps():
+    (found,) = of_size(size(diversity=(0.85, 0.8, 0.9)))
+    assert found[0] == "warning" and found[1].startswith(
+        "diversity was paid for nothing: pictures chosen from the base's are as good (the best of 3.4) and keep more, of which the tuned "
+        "model has 0.85 [0.80, 0.90]: raise finetune.beta")
+    assert of_size(size(diversity=(0.97, 0.9, 1.0))) == of_size(size(diversity=(None, None, None))) == []
+    assert len(of_size(size(diversity=(0.97, 0.9, 0.999)))) == 1
+
+
+def test_a_win_rate_that_is_mostly_ties_is_told():
+    assert of_size(size(ties=0.62)) == [("note", "62 % of the pictures score like the base's within the judge's own noise (0.02): they count "
+                                                 "as ties; how much was gained is the best-of-n equivalent, not the win rate")]
+    assert of_size(size(ties=0.5)) == of_size(size(ties=None)) == []
+
+
+def test_a_setting_of_the_sampler_that_gives_the_base_as_much_is_told_the_cheapest_first():
+    more = sampler(("base", 3.0, 10, 20, -0.2, 0.96), ("base", 3.0, 20, 40, -0.1, 0.97))
+    (found,) = of_size(rows=LINE + more)
+    assert found == ("warning", "guidance 3 gives the base as much: 96.0 % right against 93.0 %, with 20 forwards a picture against 10: "
+                                "set sample.guidance: 3, and tune from there: what is left then is what tuning adds")
+    cheaper = sampler(("base", 1.5, 5, 10, -0.29, 0.931))
+    assert of_size(rows=LINE + more + cheaper)[0][1].startswith(
+        "guidance 1.5 with 5 steps gives the base as much: 93.1 % right against 93.0 %, with as many forwards: set sample.guidance: 1.5 and "
+        "sample.steps: 5, and")
+
+
+def test_where_the_judge_does_not_classify_a_setting_is_told_by_its_mean():
+    rows = [row | {"right": None} for row in LINE + sampler(("base", 3.0, 10, 20, -0.2, None))]
+    assert "guidance 3 gives the base as much: mean -0.2 against -0.3, with 20 forwards a picture against 10" in of_size(rows=rows)[0][1]
+
+
+def test_a_setting_below_the_tuned_model_or_of_the_tuned_model_itself_gives_the_base_nothing():
+    assert of_size(rows=LINE) == [] == of_size(rows=LINE, own=None) == of_size(rows=LINE, own={"guidance": 9.0, "steps": 10})
+    lost = [row | ({"mean": -0.6} if row["role"] == "after" else {}) for row in LINE]
+    assert of_size(rows=lost) == [], "what did not gain is not had elsewhere"
+
+
+def test_a_base_that_is_not_at_its_best_for_its_forwards_is_noted():
+    ((level, sentence),) = of_size(rows=LINE + sampler(("base", 1.5, 5, 10, -0.42, 0.9)))
+    assert (level, sentence) == ("note", "the base draws better with guidance 1.5 with 5 steps at no more forwards: 90.0 % right against "
+                                         "84.5 %, with as many forwards: set sample.guidance: 1.5 and sample.steps: 5: part of what tuning "
+                                         "gains here is had for nothing")
+    assert of_size(rows=LINE + sampler(("base", 1.5, 5, 10, -0.49, 0.85))) == [], "within the judge's own noise"
+
+
+def test_of_fewer_than_five_prompts_nothing_is_said_of_size():
+    wrong = size(best=(0.4, 0.3, 0.5), diversity=(0.5, 0.4, 0.6), moved=0.01, ties=0.9)
+    assert of_size(wrong, prompts=4) == []
+    assert diagnosis.of_round(1, numbers() | {"prompts": 4, "size": wrong}) == []
+
+
+def test_a_round_below_the_base_is_an_alarm_and_not_kept():
+    found = numbers() | {"prompts": 40, "size": size(best=(0.5, 0.4, 0.8))}
+    (alarm,) = of_rounds({2: found})
+    assert alarm.level == "alarm"
+    assert alarm.what == "round 2 is below the base: one of its pictures is as good as the worst of 2.0 [1.2, 2.5] of the base"
+    assert best_round({2: found}, "judge") == 0
+    (beyond,) = of_rounds({2: numbers() | {"prompts": 40, "size": size(best=(0.0, 0.0, 0.1))}})
+    assert "one of its pictures is worse than the worst of 16 [10, more than 16] of the base" in beyond.what
+    assert of_rounds({2: numbers() | {"prompts": 40, "size": size(best=(0.8, 0.6, 1.0))}}) == []
+
+
+def test_no_finding_of_size_appears_with_another():
+    """Each of these is one thing that went wrong, and one sentence."""
+    wrong = [size(best=(1.2, 1.1, 1.3), moved=0.04), size(best=(1.1, 0.8, 1.5)), size(diversity=(0.85, 0.8, 0.9)), size(ties=0.62)]
+    assert [len(of_size(one, LINE)) for one in wrong] == [1, 1, 1, 1]

@@ -252,7 +252,7 @@ def test_a_chessboard_is_half_bright_and_as_contrasty_and_sharp_as_can_be():
 
 
 def test_one_edge_is_as_sharp_as_its_share_of_neighbours():
-    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2; one column of four is on the edge."""
+    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2. A column is an edge."""
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[:, 2:] = 255
     assert meters(pixels) == pytest.approx((0.5, 0.5, 0.0, 1 / 6, 1 / 4, 1.0, 0.5), abs=1e-5)

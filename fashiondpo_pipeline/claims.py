@@ -1,0 +1,137 @@
+"""Measures of size as sentences: what may be said of a tuned model, and with which interval. Pure functions of what `evaluate` found.
+
+An estimate is {value, low, high}; None as a value is unknown (of a best-of-n equivalent: beyond what was drawn), as an end no bound.
+"""
+
+import math
+from collections.abc import Mapping
+
+Estimate = Mapping[str, float | None]
+
+FINE = 10.0  # an n from here on is told without decimals
+
+
+def unbounded(best_of: Estimate) -> bool:
+    """Whether the interval of a best-of-n equivalent excludes nothing, as of fewer than five prompts.
+
+    >>> unbounded({"value": 3.0, "low": 0.0, "high": None}), unbounded({"value": 3.0, "low": 2.0, "high": None})
+    (True, False)
+    """
+    return not best_of["low"] and best_of["high"] is None
+
+
+def direction(best_of: Estimate) -> str:
+    """Where the whole interval of a best-of-n equivalent lies: good (above 1), bad (below), open (it holds 1)."""
+    if (best_of["low"] or 0.0) > 1:
+        return "good"
+    return "bad" if best_of["high"] is not None and best_of["high"] < 1 else "open"
+
+
+def choice(n: float | None, most: float) -> str:
+    """A best-of-n equivalent without its interval.
+
+    >>> choice(3.42, 16), choice(0.5, 16), choice(1.0, 16)
+    ('the best of 3.4', 'the worst of 2.0', 'the best of 1.0')
+    >>> choice(None, 16), choice(0.0, 16)
+    ('better than the best of 16', 'worse than the worst of 16')
+    """
+    if n is None:
+        return f"better than the best of {most:g}"
+    if not n:
+        return f"worse than the worst of {most:g}"
+    return f"the best of {_n(n)}" if n >= 1 or _n(1 / n) == "1.0" else f"the worst of {_n(1 / n)}"
+
+
+def with_interval(best_of: Estimate) -> str:
+    """A best-of-n equivalent with its interval; `most` in it is how many pictures of a prompt there are to choose from.
+
+    >>> with_interval({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
+    'the best of 3.4 [2.9, 4.1]'
+    >>> with_interval({"value": 0.5, "low": 0.4, "high": 0.625, "most": 16})
+    'the worst of 2.0 [1.6, 2.5]'
+    >>> with_interval({"value": 1.1, "low": 0.8, "high": 1.5, "most": 16})
+    'the best of 1.1 [worst of 1.2, best of 1.5]'
+    >>> with_interval({"value": None, "low": 9.0, "high": None, "most": 16})
+    'better than the best of 16 [9.0, more than 16]'
+    >>> with_interval({"value": 1.1, "low": 0.0, "high": None, "most": 16})
+    'the best of 1.1 [anything]'
+    """
+    most = best_of.get("most") or math.inf
+    return f"{choice(best_of['value'], most)} [{_ends(best_of, most)}]"
+
+
+def _ends(best_of: Estimate, most: float) -> str:
+    low, high = best_of["low"] or 0.0, best_of["high"]
+    if unbounded(best_of):
+        return "anything"
+    if low >= 1:
+        return f"{_n(low)}, {_n(high) if high is not None else f'more than {most:g}'}"
+    if high is not None and high <= 1:
+        return f"{_n(1 / high) if high else f'more than {most:g}'}, {_n(1 / low) if low else f'more than {most:g}'}"
+    worst = f"worst of {_n(1 / low) if low else f'more than {most:g}'}"
+    return f"{worst}, best of {_n(high) if high is not None else f'more than {most:g}'}"
+
+
+def _n(n: float) -> str:
+    return f"{n:.0f}" if n >= FINE else f"{n:.1f}"
+
+
+def headline(best_of: Estimate) -> str:
+    """The claim itself, as a sentence.
+
+    >>> headline({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
+    'One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base.'
+    >>> headline({"value": None, "low": 12.2, "high": None, "most": 16})
+    'One picture of the tuned model is better than the best of 16 [12, more than 16] of the base.'
+    """
+    as_good = "" if best_of["value"] is None or not best_of["value"] else "as good as "
+    few = " Of so few prompts nothing can be said." if unbounded(best_of) else ""
+    return f"One picture of the tuned model is {as_good}{with_interval(best_of)} of the base.{few}"
+
+
+def plain(found: Estimate, decimals: int = 2) -> str:
+    """Any other estimate.
+
+    >>> plain({"value": 0.85, "low": 0.8, "high": 0.9}), plain({"value": None, "low": None, "high": None})
+    ('0.85 [0.80, 0.90]', 'unknown')
+    """
+    if found["value"] is None:
+        return "unknown"
+    low, high = ("any" if end is None else f"{end:.{decimals}f}" for end in (found["low"], found["high"]))
+    return f"{found['value']:.{decimals}f} [{low}, {high}]"
+
+
+def points(change: Estimate) -> str:
+    """A change of a share, in points of per cent.
+
+    >>> points({"value": 0.023, "low": 0.012, "high": 0.036})
+    '+2.3 points [1.2, 3.6]'
+    """
+    if change["value"] is None:
+        return "unknown"
+    low, high = ("any" if end is None else f"{100 * end:.1f}" for end in (change["low"], change["high"]))
+    return f"{100 * change['value']:+.1f} points [{low}, {high}]"
+
+
+def right(found: Mapping) -> str:
+    """What became of pictures that are right.
+
+    >>> end = {"low": 0.0, "high": 1.0}
+    >>> right({"base": {"value": 0.845, **end}, "after": {"value": 0.868, **end}, "change": {"value": 0.023, "low": 0.012, "high": 0.036},
+    ...        "mended": 16, "broken": 1, "pictures": 640})
+    '84.5 -> 86.8 % are right, +2.3 points [1.2, 3.6]: 16 mended, 1 broken of 640'
+    """
+    base, after = (found[role]["value"] for role in ("base", "after"))
+    shares = "unknown" if base is None or after is None else f"{100 * base:.1f} -> {100 * after:.1f} % are right, {points(found['change'])}"
+    return f"{shares}: {found['mended']:,} mended, {found['broken']:,} broken of {found['pictures']:,}"
+
+
+def shift(found: Estimate) -> str:
+    """The same where the judge does not classify.
+
+    >>> shift({"value": 0.31, "low": 0.2, "high": 0.4})
+    'the mean moved by +0.31 [0.20, 0.40] standard deviations of the base'
+    """
+    if found["value"] is None:
+        return "how far the mean moved is unknown"
+    return f"the mean moved by {'+' if found['value'] > 0 else ''}{plain(found)} standard deviations of the base"

@@ -76,17 +76,25 @@ def _n(n: float) -> str:
     return f"{n:.0f}" if n >= FINE else f"{n:.1f}"
 
 
+def of_picture(best_of: Estimate) -> str:
+    """The claim itself, to follow what names the model.
+
+    >>> of_picture({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
+    'one of its pictures is as good as the best of 3.4 [2.9, 4.1] of the base'
+    >>> of_picture({"value": None, "low": 12.2, "high": None, "most": 16})
+    'one of its pictures is better than the best of 16 [12, more than 16] of the base'
+    """
+    return f"one of its pictures is {'as good as ' if best_of['value'] else ''}{with_interval(best_of)} of the base"
+
+
 def headline(best_of: Estimate) -> str:
     """The claim itself, as a sentence.
 
     >>> headline({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
     'One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base.'
-    >>> headline({"value": None, "low": 12.2, "high": None, "most": 16})
-    'One picture of the tuned model is better than the best of 16 [12, more than 16] of the base.'
     """
-    as_good = "" if best_of["value"] is None or not best_of["value"] else "as good as "
     few = " Of so few prompts nothing can be said." if unbounded(best_of) else ""
-    return f"One picture of the tuned model is {as_good}{with_interval(best_of)} of the base.{few}"
+    return of_picture(best_of).replace("one of its pictures", "One picture of the tuned model") + "." + few
 
 
 def plain(found: Estimate, decimals: int = 2) -> str:

@@ -413,7 +413,7 @@ def _moved_for_nothing(size: Mapping) -> list[Finding]:
     moved, best_of = size["visible_change"]["value"], size["best_of"]
     if moved is None or moved < VISIBLE or claims.direction(best_of) != "open":
         return []
-    what = f"pictures changed (visible change {moved:.2f}) and got no better: one is as good as {claims.with_interval(best_of)} of the base"
+    what = f"pictures changed (visible change {moved:.2f}) and got no better: {claims.of_picture(best_of)}"
     return [Finding("warning", what, "what the pairs prefer is not what the judge sees; look at how often they agree, and at the pictures")]
 
 
@@ -512,10 +512,7 @@ def _below_base(number: int, numbers: Mapping) -> list[Finding]:
     size = numbers.get("size")
     if size is None or numbers["prompts"] < FEWEST or claims.direction(size["best_of"]) != "bad":
         return []
-    what = f"round {number} is below the base: one of its pictures is as good as {claims.with_interval(size['best_of'])} of the base"
-    if not size["best_of"]["value"]:
-        what = what.replace("as good as ", "")
-    return [Finding("alarm", what, "keep the base or an earlier round; if the labels are right, raise finetune.beta or lower "
+    return [Finding("alarm", f"round {number} is below the base: {claims.of_picture(size['best_of'])}", "keep the base or an earlier round; if the labels are right, raise finetune.beta or lower "
                                    "finetune.learning_rate")]
 
 
@@ -572,19 +569,14 @@ def _shift(found: Mapping) -> float | None:
 
 
 def best_round(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> int:
-    """The round to keep: of those without an alarm that beat the base, the highest mean by the judge; 0 (the base) if none does.
+    """The round to keep: of those without an alarm that beat the base, the one that gained most; 0 (the base) if none does.
 
-    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base where the interval
-    of its best-of-n equivalent lies wholly above 1; where there is none (nobody rewarded is asked about held-out draws) that of its
-    win rate above one half. Of equal rounds the earlier is kept: it moved less.
+    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base where the interval of its
+    best-of-n equivalent lies wholly above 1, and gained as much as that is; beyond what was drawn, as its mean has moved. Where that was
+    not measured by this judge, the win rate over the base, wholly above one half. Of equal rounds the earlier is kept: it moved less.
     """
     fit = [number for number in sorted(rounds) if _beats(rounds[number], judge) and not of_round(number, rounds[number], drift)]
-    return max(fit, key=lambda number: rounds[number]["size"]["shift"]["value"] or 0.0, default=0)
-
-
-def _beats(numbers: dict, judge: str) -> bool:
-    least = numbers["size"]["best_of"]["low"]
-    return _rate(numbers, judge)["low"] > 0.5 if least is None else least > 1
+    return max(fit, key=lambda number: _gain(rounds[number], judge), default=0)
 
 
 def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> str:
@@ -592,12 +584,31 @@ def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = 
     best = best_round(rounds, judge, drift)
     alarmed = [number for number in sorted(rounds) if of_round(number, rounds[number], drift)]
     aside = f"; not counting round{'s' if len(alarmed) > 1 else ''} {', '.join(map(str, alarmed))}, which raised an alarm" if alarmed else ""
-    if not best:
-        return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above the best of 1{aside}."
-    found = rounds[best]
-    why = (f"{judge} prefers it to the base in {percent(_rate(found, judge))}" if found["size"]["best_of"]["low"] is None else
-           f"by {judge} one picture of it is {as_good_as(found['size']['best_of'])} of the base")
-    return f"Round {best} is the one to keep: {why}{aside}."
+    if best:
+        size = _size_by(rounds[best], judge)
+        why = f"{judge} prefers it to the base in {percent(_rate(rounds[best], judge))}"
+        return f"Round {best} is the one to keep: {why if size is None else claims.of_picture(size['best_of'])}{aside}."
+    above = "1" if any(_size_by(numbers, judge) for numbers in rounds.values()) else "one half"
+    return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above {above}{aside}."
+
+
+def _size_by(numbers: Mapping, judge: str) -> Mapping | None:
+    """The measures of size, if they are this judge's."""
+    return numbers.get("size") if numbers.get("judge") == judge else None
+
+
+def _beats(numbers: Mapping, judge: str) -> bool:
+    size = _size_by(numbers, judge)
+    return _rate(numbers, judge)["low"] > 0.5 if size is None else claims.direction(size["best_of"]) == "good"
+
+
+def _gain(numbers: Mapping, judge: str) -> tuple[float, float]:
+    """What rounds are ordered by."""
+    size = _size_by(numbers, judge)
+    if size is None:
+        return _rate(numbers, judge)["win_rate"], 0.0
+    n = size["best_of"]["value"]
+    return (n, 0.0) if n is not None else (math.inf, size["shift"]["value"] or 0.0)
 
 
 def _rate(numbers: dict, judge: str) -> dict:

@@ -554,7 +554,7 @@ def test_to_have_hardly_moved_is_to_have_changed_little_and_gained_little(best, 
 def test_pictures_that_changed_and_got_no_better_are_told():
     (found,) = of_size(size(best=(1.1, 0.8, 1.5), moved=0.4))
     assert found[0] == "warning" and found[1].startswith(
-        "pictures changed (visible change 0.40) and got no better: one is as good as the best of 1.1 [worst of 1.2, best of 1.5] of the base:")
+        "pictures changed (visible change 0.40) and got no better: one of its pictures is as good as the best of 1.1 [worst of 1.2, best of 1.5] of the base:")
     assert of_size(size(best=(1.1, 1.01, 1.5), moved=0.4)) == []
 
 
@@ -618,6 +618,28 @@ def test_a_round_below_the_base_is_an_alarm_and_not_kept():
     (beyond,) = of_rounds({2: numbers() | {"prompts": 40, "size": size(best=(0.0, 0.0, 0.1))}})
     assert "one of its pictures is worse than the worst of 16 [10, more than 16] of the base" in beyond.what
     assert of_rounds({2: numbers() | {"prompts": 40, "size": size(best=(0.8, 0.6, 1.0))}}) == []
+
+
+def sized(best, shift=0.3, win=UP) -> dict:
+    found = size(best=best)
+    return numbers(judge=win) | {"prompts": 40, "judge": "judge", "size": found | {"shift": span(shift)}}
+
+
+def test_the_round_to_keep_is_that_of_the_greatest_equivalent_and_not_of_the_highest_win_rate():
+    rounds = {1: sized((1.2, 1.1, 1.3), win=(0.9, 0.8, 0.95)), 2: sized((2.4, 2.0, 2.9)), 3: sized((2.4, 2.1, 2.8))}
+    assert best_round(rounds, "judge") == 2
+    assert best_in_words(rounds, "judge") == "Round 2 is the one to keep: one of its pictures is as good as the best of 2.4 [2.0, 2.9] of the base."
+    assert best_round(rounds, "watcher") == 0 and best_round(rounds, "clip") == 1, "another judge's rounds are told by win rates"
+
+
+def test_beyond_what_was_drawn_the_mean_decides_which_is_kept():
+    assert best_round({1: sized((9.0, 7.0, 12.0)), 2: sized((None, 9.0, None), 0.8), 3: sized((None, 9.0, None), 0.9)}, "judge") == 3
+
+
+def test_a_round_that_wins_and_is_no_better_than_choosing_one_is_not_kept():
+    rounds = {1: sized((1.1, 0.9, 1.3), win=(0.9, 0.8, 0.95))}
+    assert best_round(rounds, "judge") == 0
+    assert best_in_words(rounds, "judge") == "The base is the one to keep: no round beats it by judge, with an interval wholly above 1."
 
 
 def test_no_finding_of_size_appears_with_another():

@@ -455,29 +455,50 @@ def setting_in_words(row: Mapping, own: Mapping) -> str:
     return " with ".join([*words, f"{row['steps']} steps"] if steps else words) or "the same setting"
 
 
-def _of_sampler(numbers: Mapping, own: Mapping) -> list[Finding]:
-    """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
+def free_gain(numbers: Mapping, own: Mapping) -> Mapping | None:
+    """The row of `sampler` at which the base is as good as the tuned model is at the run's own setting; the cheapest, None where there is none.
+
+    Quality is the judge's mean. None too where the tuned model is no better than the base at that setting: there is no gain to be had.
+    """
+    rows, base, after = _rows(numbers, own)
+    if base is None or after is None or after["mean"] <= base["mean"]:
+        return None
+    free = [row for row in rows if row["role"] == "base" and row is not base and row["mean"] >= after["mean"]]
+    return min(free, key=lambda row: (row["forwards"], -row["mean"]), default=None)
+
+
+def better_base(numbers: Mapping, own: Mapping) -> Mapping | None:
+    """The row at which the base is best for no more forwards than at the run's own setting, if that is better by more than the judge's noise."""
+    rows, base, _ = _rows(numbers, own)
+    if base is None:
+        return None
+    least = base["mean"] + ((numbers.get("size") or {}).get("noise") or 0.0)
+    better = [row for row in rows if row["role"] == "base" and row["forwards"] <= base["forwards"] and row["mean"] > least]
+    return max(better, key=lambda row: row["mean"], default=None)
+
+
+def _rows(numbers: Mapping, own: Mapping) -> tuple[list[Mapping], Mapping | None, Mapping | None]:
+    """The rows of `sampler` that have a mean, and the two at the run's own setting."""
     rows = [row for row in numbers.get("sampler") or [] if row["mean"] is not None]
     base, after = (at_setting(rows, role, own) for role in ("base", "after"))
-    if base is None or after is None:
-        return []
-    others = [row for row in rows if row["role"] == "base" and row is not base]
-    free = [row for row in others if row["mean"] >= after["mean"]] if after["mean"] > base["mean"] else []
-    if free:
-        row = min(free, key=lambda row: (row["forwards"], -row["mean"]))
+    return rows, base, after
+
+
+def _of_sampler(numbers: Mapping, own: Mapping) -> list[Finding]:
+    """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
+    _, base, after = _rows(numbers, own)
+    if row := free_gain(numbers, own):
         return [Finding("warning", f"{setting_in_words(row, own)} gives the base as much: {_beside(row, after)}",
                         f"set {_knobs(row, own)}, and tune from there: what is left then is what tuning adds")]
-    noise = (numbers.get("size") or {}).get("noise") or 0.0
-    better = [row for row in others if row["forwards"] <= base["forwards"] and row["mean"] > base["mean"] + noise]
-    if better:
-        row = max(better, key=lambda row: row["mean"])
+    if row := better_base(numbers, own):
         return [Finding("note", f"the base draws better with {setting_in_words(row, own)} at no more forwards: {_beside(row, base)}",
                         f"set {_knobs(row, own)}: part of what tuning gains here is had for nothing")]
     return []
 
 
-def _beside(row: Mapping, other: Mapping) -> str:
+def _beside(row: Mapping, other: Mapping | None) -> str:
     """Quality and cost of one row against another's."""
+    assert other is not None
     if row["right"] is not None and other["right"] is not None:
         quality = f"{100 * row['right']:.1f} % right against {100 * other['right']:.1f} %"
     else:
@@ -512,8 +533,9 @@ def _below_base(number: int, numbers: Mapping) -> list[Finding]:
     size = numbers.get("size")
     if size is None or numbers["prompts"] < FEWEST or claims.direction(size["best_of"]) != "bad":
         return []
-    return [Finding("alarm", f"round {number} is below the base: {claims.of_picture(size['best_of'])}", "keep the base or an earlier round; if the labels are right, raise finetune.beta or lower "
-                                   "finetune.learning_rate")]
+    what = f"round {number} is below the base: {claims.of_picture(size['best_of'])}"
+    advice = "keep the base or an earlier round; if the labels are right, raise finetune.beta or lower finetune.learning_rate"
+    return [Finding("alarm", what, advice)]
 
 
 def _watched_fall(number: int, numbers: dict) -> list[Finding]:
@@ -611,5 +633,5 @@ def _gain(numbers: Mapping, judge: str) -> tuple[float, float]:
     return (n, 0.0) if n is not None else (math.inf, size["shift"]["value"] or 0.0)
 
 
-def _rate(numbers: dict, judge: str) -> dict:
+def _rate(numbers: Mapping, judge: str) -> dict:
     return numbers["experts"][judge]["against_base"]

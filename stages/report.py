@@ -75,9 +75,10 @@ def _missing(out: Output, step: Step) -> list[Missing]:
 
 def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     """The parts of the page that show pictures: prompts before and after, widest and narrowest pairs."""
-    rows = report.chosen_prompts(record)
+    rows, leading = report.chosen_prompts(record), report.leading(record)
     names = record.base.groups.to_pylist()
     wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
+    wanted |= {(names[one.row], one.number) for one in leading}
     draws: dict[int, Any] = {}
     prompts: dict[str, str] = {}
     for number in (0, *(r.number for r in record.shown)):
@@ -88,6 +89,7 @@ def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     wanted = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
     candidates = thumbnails(session.output(chain.rounds[-1].sample), wanted, prompts)
     return {
+        "leading": report.leading_cards(record, leading, prompts, draws[0], draws[record.last.number]),
         "rows": rows, "grids": report.before_and_after(record, rows, prompts, draws),
         "widest": report.pair_cards(record, widest, prompts, candidates),
         "narrowest": report.pair_cards(record, narrowest, prompts, candidates),

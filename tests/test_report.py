@@ -1,6 +1,7 @@
 """The report: one page that is safe to open, says what the tables say, and warns where something looks off."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds, statistics
+from fashiondpo_pipeline import charts, codecs, config, outcomes, report, schemas, seeds, statistics
 from fashiondpo_pipeline.report import Missing, Record
 from fashiondpo_pipeline.workspace import Step, write_sealed
 from stages import Session
@@ -284,7 +285,7 @@ UP, DOWN, OPEN = (0.7, 0.6, 0.8), (0.3, 0.2, 0.4), (0.52, 0.45, 0.6)
 def test_nothing_looks_off_where_nothing_does(record):
     fine = changed(record, prompts=40, against_base=rate(*UP), meters={})
     assert report.warnings(fine) == []
-    assert report.headline(fine) == ("good", "Better than the base")
+    assert report.headline(fine) == ("good", "Preferred to the base")
 
 
 def test_a_round_is_said_to_have_lost_to_the_one_it_went_on_from(record):
@@ -438,6 +439,135 @@ def test_drift_is_told_in_the_spread_of_the_base_that_evaluate_measured(session,
     assert found["spread"] == pytest.approx(np.std(brightness), rel=1e-5)
     assert found["base"] == pytest.approx(np.mean(brightness), rel=1e-5)
     assert record.last.numbers["diversity"]["spread"] == pytest.approx(0, abs=1e-6)  # all prompts' pictures lie alike in the made-up tower
+
+
+# -- measures of size
+
+
+def span(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
+def size(best=(3.4, 2.9, 4.1), right=True, moved=0.31, ties=0.12, **others) -> dict:
+    shares = {"base": span(0.6, 0.55, 0.65), "after": span(0.775, 0.7, 0.8), "change": span(0.175, 0.13, 0.22), "mended": 3, "broken": 1,
+              "pictures": 12}
+    return {"best_of": span(*best) | {"most": 16}, "diversity_at_equal_quality": span(1.04, 0.98, 1.1), "right": shares if right else None,
+            "shift": span(0.42, 0.3, 0.5), "visible_change": span(moved, 0.2, 0.4), "noise": 0.004, "ties": ties, **others}
+
+
+def grid_row(role, guidance, steps, mean, right):
+    return {"role": role, "guidance": guidance, "steps": steps, "forwards": steps * (2 if guidance != 1 else 1), "mean": mean, "right": right,
+            "diversity": 0.1, "pictures": 12}
+
+
+GRID = [grid_row("base", 1.0, 10, 0.30, 0.60), grid_row("after", 1.0, 10, 0.32, 0.775), grid_row("base", 1.5, 10, 0.31, 0.65),
+        grid_row("after", 1.5, 10, 0.33, 0.80)]
+CURVE = [{"n": n, "mean": 0.3 + 0.01 * n, "right": 0.6 + 0.03 * n, "diversity": 0.1 - 0.005 * n} for n in (1, 2, 4, 8)]
+
+
+def sized(record: Record, found: dict | None = None, rows=GRID) -> Record:
+    """The record with measures of size in every round, and a grid in the last."""
+    rates = experts(record, clip=UP, taste=UP, judge=UP)
+    numbers = {"size": found or size(), "prompts": 40, "against_base": rate(*UP), "meters": {}, "experts": rates}
+    every = replace(record, rounds=[replace(r, numbers=r.numbers | numbers) for r in record.rounds])
+    return changed(every, sampler=rows)
+
+
+def plain(page: str) -> str:
+    return html.unescape(page).replace("\u00a0", " ")
+
+
+def test_the_page_leads_with_the_size_of_the_gain_and_the_win_rate_comes_after(session, record):
+    page = plain(rendered(session, sized(record)))
+    top = page[page.index("<h1"): page.index("<nav>")]
+    order = ["One picture is as good as the best of 3.4 of the base",
+             "One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base.",
+             "60.0 → 77.5 % are right, +17.5 points [13.0, 22.0]: 3 mended, 1 broken of 12 held-out pictures.",
+             "Diversity at equal quality 1.04 [0.98, 1.10]", "Visible change 0.31 [0.20, 0.40]", "prefers the tuned model's picture in 70.0 %",
+             "12 % are ties within its own noise", "The judge is judge (fashiondpo_pipeline.testing:Brightness), which was not rewarded.",
+             "Its own noise is 0.004"]
+    places = [top.index(text) for text in order]
+    assert places == sorted(places)
+    assert "70.0 %" not in top[: places[1]], "the win rate is not what is claimed"
+
+
+def test_a_judge_that_does_not_classify_is_told_by_how_far_its_mean_moved(session, record):
+    page = plain(rendered(session, sized(record, size(right=False), [row | {"right": None} for row in GRID])))
+    assert "The mean moved by +0.42 [0.30, 0.50] standard deviations of the base." in page
+    assert "mended" not in page and "better" in page and "what lies within the judge's own noise is alike" in page
+
+
+@pytest.mark.parametrize(("best", "tone", "words"), [
+    ((3.4, 2.9, 4.1), "good", "One picture is as good as the best of 3.4 of the base"),
+    ((None, 9.0, None), "good", "One picture is better than the best of 16 of the base"),
+    ((0.5, 0.4, 0.6), "bad", "One picture is as good as the worst of 2.0 of the base"),
+    ((1.2, 0.9, 1.5), "open", "No clear difference from the base"), ((2.0, 0.0, None), "open", "No clear difference from the base"),
+])
+def test_the_headline_is_the_equivalent_and_not_the_win_rate(record, best, tone, words):
+    assert report.headline(sized(record, size(best))) == (tone, words)
+    places = report.gauge(size(best)["best_of"])
+    assert 0 <= places["low"] <= places["at"] <= places["high"] <= 100
+    assert (places["at"] > 50) == (best[0] is None or best[0] > 1)
+
+
+def test_a_gain_that_a_setting_gives_the_base_is_said_to_be_one_in_the_headline_and_below(session, record):
+    free = sized(record, rows=[*GRID, grid_row("base", 3.0, 10, 0.34, 0.85)])
+    assert report.headline(free) == ("open", "One picture is as good as the best of 3.4 of the base, and so is one of the base with guidance 3")
+    assert any(text.startswith("Guidance 3 gives the base as much: 85.0") for text in report.warnings(free))
+    assert "Nothing looks off" not in rendered(session, free)
+    assert not any("gives the base" in text for text in report.warnings(sized(record)))
+
+
+def test_few_prompts_claim_nothing(record):
+    few = changed(sized(record, size((3.4, 0.0, None))), prompts=3)
+    assert report.headline(few)[0] == "open"
+    assert plain(report.size_in_words(few)[0]).endswith("the best of 3.4 [anything] of the base. Of so few prompts nothing can be said.")
+
+
+def test_the_samplers_own_line_is_drawn_for_both_models_with_the_best_for_so_many_forwards(session, record):
+    svg = report.sampler_chart(sized(record))
+    assert "forwards a picture" in svg and "right, %" in svg and svg.count("1.5</text>") == 2
+    assert "mean judge" in report.sampler_chart(sized(record, rows=[row | {"right": None} for row in GRID]))
+    assert report.sampler_chart(sized(record, rows=[])) is None is report.sampler_chart(record)
+    page = plain(rendered(session, sized(record)))
+    assert "The sampler's own line" in page and page.count("<tr><th>base</th><td>1.5</td>") == 1
+
+
+def test_quality_against_diversity_shows_the_base_choosing_and_every_round(record):
+    svg = report.trade_off_chart(sized(record, size(curve=CURVE)))
+    for word in ("best of 2", "best of 8", ">base<", "round 1", "round 2", "diversity within a prompt"):
+        assert word in svg
+    assert report.trade_off_chart(sized(record)) is None, "without a curve there is nothing to compare with"
+
+
+def test_every_measure_of_size_has_its_chart_and_its_column(session, record):
+    starts = ("Best-of-n equivalent: ", "Held-out pictures that are right; dashed: the base's, 60.0 %",
+              "Diversity over that of the base's pictures chosen to be as good; ", "Visible change: ")
+    assert all(caption.startswith(start) for (caption, _), start in zip(report.size_charts(sized(record)), starts, strict=True))
+    beyond = report.size_charts(sized(record, size((None, 9.0, None), right=False)))
+    assert "best of 16" in beyond[0][1] and "worst" not in beyond[0][1] and "Mean of the judge" in beyond[1][0]
+    assert "worst of 2" in report.size_charts(sized(record, size((0.5, 0.4, 0.6))))[0][1]
+    page = plain(rendered(session, sized(record)))
+    assert page.count("<b>the best of 3.4 [2.9, 4.1]</b>") == 2 and "3, 1 <span" in page
+
+
+def test_what_stands_first_of_the_pictures_is_drawn_by_key_in_the_shares_of_what_became_of_them(session, record, monkeypatch):
+    monkeypatch.setattr(report, "LEADING", 6)
+    of_scores = sized(record, size(right=False))
+    shown, every = report.leading(of_scores), outcomes.counts(of_scores.outcomes)
+    assert len(shown) == 6 and sum(every.values()) == 12
+    assert {one: sum(two.outcome == one for two in shown) for one in every} == outcomes.allotted(every, 6)
+    words = report.outcomes_in_words(of_scores)
+    told = f"Of 12 held-out pictures, {every[1]} better, {every[-1]} worse and {every[0]} alike. Shown are 6 of them in these shares"
+    assert words.startswith(told)
+    section = rendered(session, of_scores).partition('<section id="pictures">')[2].partition("<h3>By prompt</h3>")[0]
+    assert section.count("<article") == 6 and section.count("<img") == 12
+
+
+def test_an_outcome_too_rare_to_be_shown_is_named(record):
+    odd = sized(record)
+    odd.__dict__["outcomes"] = np.array([[1] + [0] * 99] * 1)
+    assert report.outcomes_in_words(odd).endswith("so few are mended that none is among them.")
 
 
 # -- findings and the walk

@@ -94,7 +94,8 @@ def plane(
             colour = _PLACEHOLDERS[mark.colour]
             axes.plot([mark.x], [mark.y], "o", markersize=5, color=colour,
                       markerfacecolor=_PLACEHOLDERS["card"] if mark.hollow else colour, zorder=3)
-            axes.annotate(mark.label, (mark.x, mark.y), (5, 4), textcoords="offset points", fontsize=8.5, color=colour)
+            axes.annotate(mark.label, (mark.x, mark.y), (5, 4), textcoords="offset points", fontsize=8.5,
+                          color=_PLACEHOLDERS["ink"])
         axes.margins(0.12)
         if costs:
             places = sorted({mark.x for mark in marks})
@@ -105,7 +106,7 @@ def plane(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_TICKS))
 
-    return _svg(draw, x, y, about)
+    return _svg(draw, x, y, about, inches=(5.2, 3.2))
 
 
 def outlines(values: Sequence[tuple[str, np.ndarray]], *, x: str, y: str, about: str) -> Markup:
@@ -189,10 +190,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _svg(draw: Callable[[Axes], None], x: str, y: str, about: str, ticks: Mapping[float, str] | None = None) -> Markup:
-    """An <svg> element of about 250 x 190 units that scales with its column; its text takes the page's font."""
+def _svg(
+    draw: Callable[[Axes], None], x: str, y: str, about: str, ticks: Mapping[float, str] | None = None,
+    inches: tuple[float, float] = (3.5, 2.6),
+) -> Markup:
+    """An <svg> element of 72 units an inch that scales with its column; its text takes the page's font."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(3.5, 2.6), layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.set(xlabel=x, ylabel=y)

@@ -57,19 +57,25 @@ def with_interval(best_of: Estimate) -> str:
     'the best of 1.1 [anything]'
     """
     most = best_of.get("most") or math.inf
-    return f"{choice(best_of['value'], most)} [{_ends(best_of, most)}]"
+    return f"{choice(best_of['value'], most)} [{', '.join(ends(best_of))}]"
 
 
-def _ends(best_of: Estimate, most: float) -> str:
-    low, high = best_of["low"] or 0.0, best_of["high"]
+def ends(best_of: Estimate) -> list[str]:
+    """The ends of a best-of-n equivalent's interval, as counts of pictures where both are on one side of 1.
+
+    >>> ends({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16}), ends({"value": 0.5, "low": 0.0, "high": None, "most": 16})
+    (['2.9', '4.1'], ['anything'])
+    """
+    low, high, beyond = best_of["low"] or 0.0, best_of["high"], f"more than {best_of.get('most') or math.inf:g}"
     if unbounded(best_of):
-        return "anything"
+        return ["anything"]
+    best = beyond if high is None else _n(high)
+    worst = _n(1 / low) if low else beyond
     if low >= 1:
-        return f"{_n(low)}, {_n(high) if high is not None else f'more than {most:g}'}"
+        return [_n(low), best]
     if high is not None and high <= 1:
-        return f"{_n(1 / high) if high else f'more than {most:g}'}, {_n(1 / low) if low else f'more than {most:g}'}"
-    worst = f"worst of {_n(1 / low) if low else f'more than {most:g}'}"
-    return f"{worst}, best of {_n(high) if high is not None else f'more than {most:g}'}"
+        return [_n(1 / high) if high else beyond, worst]
+    return [f"worst of {worst}", f"best of {best}"]
 
 
 def _n(n: float) -> str:
@@ -121,25 +127,36 @@ def points(change: Estimate) -> str:
     return f"{100 * change['value']:+.1f} points [{low}, {high}]"
 
 
-def right(found: Mapping) -> str:
-    """What became of pictures that are right.
+def right_share(right: Mapping) -> str:
+    """Shares of pictures that are right, of the base and of the tuned model.
 
-    >>> end = {"low": 0.0, "high": 1.0}
-    >>> right({"base": {"value": 0.845, **end}, "after": {"value": 0.868, **end}, "change": {"value": 0.023, "low": 0.012, "high": 0.036},
-    ...        "mended": 16, "broken": 1, "pictures": 640})
-    '84.5 -> 86.8 % are right, +2.3 points [1.2, 3.6]: 16 mended, 1 broken of 640'
+    >>> right_share({"base": {"value": 0.845}, "after": {"value": 0.868}})
+    '84.5 -> 86.8 %'
     """
-    base, after = (found[role]["value"] for role in ("base", "after"))
-    shares = "unknown" if base is None or after is None else f"{100 * base:.1f} -> {100 * after:.1f} % are right, {points(found['change'])}"
-    return f"{shares}: {found['mended']:,} mended, {found['broken']:,} broken of {found['pictures']:,}"
+    base, after = (right[role]["value"] for role in ("base", "after"))
+    return "unknown" if base is None or after is None else f"{100 * base:.1f} -> {100 * after:.1f} %"
 
 
-def shift(found: Estimate) -> str:
-    """The same where the judge does not classify.
+def signed(found: Estimate) -> str:
+    """An estimate of a change.
 
-    >>> shift({"value": 0.31, "low": 0.2, "high": 0.4})
-    'the mean moved by +0.31 [0.20, 0.40] standard deviations of the base'
+    >>> signed({"value": 0.31, "low": 0.2, "high": 0.4})
+    '+0.31 [0.20, 0.40]'
     """
-    if found["value"] is None:
-        return "how far the mean moved is unknown"
-    return f"the mean moved by {'+' if found['value'] > 0 else ''}{plain(found)} standard deviations of the base"
+    return f"{'+' if found['value'] and found['value'] > 0 else ''}{plain(found)}"
+
+
+def gained(size: Mapping) -> str:
+    """Share right with what was mended and broken; where the judge does not classify, how far its mean moved.
+
+    >>> gained({"right": {"base": {"value": 0.845}, "after": {"value": 0.868}, "change": {"value": 0.023, "low": 0.012, "high": 0.036},
+    ...                   "mended": 16, "broken": 1, "pictures": 640}})
+    '84.5 -> 86.8 % right, +2.3 points [1.2, 3.6]: 16 mended, 1 broken of 640'
+    >>> gained({"right": None, "shift": {"value": 0.31, "low": 0.2, "high": 0.4}})
+    'mean +0.31 [0.20, 0.40] standard deviations of the base'
+    """
+    if not size["right"]:
+        return f"mean {signed(size['shift'])} standard deviations of the base"
+    right = size["right"]
+    turned = f"{right['mended']:,} mended, {right['broken']:,} broken of {right['pictures']:,}"
+    return f"{right_share(right)} right, {points(right['change'])}: {turned}"

@@ -390,7 +390,8 @@ def _not_learnt(steps: pa.Table, evaluated: Mapping) -> list[Finding]:
 def of_size(numbers: Mapping, own: Mapping | None = None, knobs: Mapping | None = None) -> list[Finding]:
     """What the measures of size say of a round, gravest first; nothing of fewer than FEWEST prompts, of which nothing can be said.
 
-    numbers: what `evaluate` found. own: the {guidance, steps} that held-out pictures are drawn with. knobs: the section `finetune`.
+    numbers: what `evaluate` found. own: the {guidance, steps} that held-out pictures are drawn with (`Config.held_out_setting`).
+    knobs: the section `finetune`.
     That a round is below the base is an alarm, which `of_round` raises.
     """
     size = numbers.get("size")

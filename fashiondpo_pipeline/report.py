@@ -132,12 +132,6 @@ class Record:
         return {name: decimals_for(scores) for name, scores in {**self.base.scores, self.judge: self.opinions[0]}.items()}
 
     @property
-    def own(self) -> dict[str, float]:
-        """The sampler's setting that held-out pictures are drawn with."""
-        drawn, asked = self.config.sample, self.config.evaluate
-        return {"guidance": drawn.guidance if asked.guidance is None else asked.guidance, "steps": asked.steps or drawn.steps}
-
-    @property
     def classified(self) -> bool:
         """Whether the judge says of a picture that it is right or wrong."""
         return bool(self.last.size and self.last.size["right"])
@@ -276,12 +270,15 @@ def judges_number(record: Record) -> str:
 
 
 def judge_line(record: Record) -> str:
-    """Who judges, what it says, and whether it was rewarded, in one line."""
+    """Who judges, whether it was rewarded, what its score is and how far it can be trusted, in one line."""
     entry, size = record.config.experts.get(record.judge), record.last.size
     kind = f" ({entry.use})" if entry is not None and entry.use != record.judge else ""
-    stands = "is itself what was rewarded" if record.last.numbers["judge_rewarded"] else "was not rewarded"
-    noise = f" Its own noise is {figure(size['noise'], 2)}: scores no further apart count as a tie." if size and size["noise"] else ""
-    return " ".join(filter(None, [f"The judge is {record.judge}{kind}, which {stands}.", judges_number(record)])) + noise
+    who = f"The expert {record.judge}{kind}" if record.judge in record.experts else "The mix of the rewarded experts"
+    stands = "was itself rewarded" if record.last.numbers["judge_rewarded"] else "was not rewarded"
+    noise = size["noise"] if size else None
+    sentences = (f"{who} judges, and {stands}.", judges_number(record),
+                 f"Its own noise is {figure(noise, 2)}: scores no further apart count as a tie." if noise else "")
+    return " ".join(filter(None, sentences))
 
 
 def headline(record: Record) -> tuple[str, str]:
@@ -295,23 +292,25 @@ def headline(record: Record) -> tuple[str, str]:
     tone = claims.direction(size["best_of"])
     if tone == "open":
         return tone, "No clear difference from the base"
-    choice = claims.choice(size["best_of"]["value"], size["best_of"]["most"])
-    text = f"One picture is {'as good as ' if size['best_of']['value'] else ''}{choice} of the base"
-    free = diagnosis.free_gain(record.last.numbers, record.own)
-    return (tone, text) if free is None else ("open", f"{text}, and so is one of the base with {diagnosis.setting_in_words(free, record.own)}")
+    text = _set(claims.headline(size["best_of"])).removesuffix(".")
+    own = record.config.held_out_setting
+    free = diagnosis.free_gain(record.last.numbers, own)
+    return (tone, text) if free is None else ("open", f"{text}, and so is one of the base with {diagnosis.setting_in_words(free, own)}")
 
 
-def size_in_words(record: Record) -> list[str]:
-    """The measures of size of the last round, as sentences that lead the page; the win rate comes after them."""
+def measures(record: Record) -> list[tuple[str, str, str]]:
+    """(name, figure with interval, what it means) of each measure of size beside the best-of-n equivalent, of the last round."""
     size = record.last.size
     if size is None:
         return []
+    right = size["right"]
+    gain = [("share right", claims.right_share(right), claims.points(right["change"])),
+            ("mended, broken", f"{right['mended']:,}, {right['broken']:,}", f"of {_count(right['pictures'], 'held-out picture')}"),
+            ] if right else [("mean of the judge", claims.signed(size["shift"]), "standard deviations of the base's pictures")]
     kept, moved = size["diversity_at_equal_quality"], size["visible_change"]
-    return [_set(claims.headline(size["best_of"])), *(_set(_capital(text)) + "." for text in (
-        f"{claims.right(size['right'])} held-out pictures" if size["right"] else claims.shift(size["shift"]),
-        f"diversity at equal quality {claims.plain(kept)} of what choosing that many of the base's keeps",
-        f"visible change {claims.plain(moved)} of what another seed changes",
-    ))]
+    every = [*gain, ("diversity at equal quality", claims.plain(kept), "over that of the base's pictures chosen to be as good"),
+             ("visible change", claims.plain(moved), "distance to the base's picture of the same seed, over that between two seeds")]
+    return [(name, _set(value), _set(about)) for name, value, about in every]
 
 
 def verdict(record: Record) -> str:
@@ -399,7 +398,7 @@ def _judge_is_rewarded(record: Record) -> list[str]:
 
 
 def _size(record: Record) -> list[str]:
-    return [described(finding) for finding in diagnosis.of_size(record.last.numbers, record.own, record.last.knobs)]
+    return [described(finding) for finding in diagnosis.of_size(record.last.numbers, record.config.held_out_setting, record.last.knobs)]
 
 
 def _reward_without_gain(record: Record) -> list[str]:
@@ -549,10 +548,11 @@ def outcomes_in_words(record: Record) -> str:
     """How many pictures there are of each outcome, and how many of each are shown, as sentences."""
     names, occur = outcome_names(record), outcomes.counts(record.outcomes)
     total, places = sum(occur.values()), outcomes.allotted(occur, LEADING)
-    every = _listed([f"{count:,} {names[outcome]}" for outcome, count in occur.items()])
+    every = _listed([f"{count:,} {names[outcome]}" for outcome, count in occur.items()]).replace(" ", " are ", 1)
     unseen = [names[outcome] for outcome, count in occur.items() if count and not places[outcome]]
-    text = f"Of {total:,} held-out pictures, {every}. Shown are {sum(places.values())} of them in these shares, drawn by key from the run's seed"
-    return text + (f"; so few are {_listed(unseen)} that none is among them." if unseen else ".")
+    rare = f"; so few are {_listed(unseen)} that none is among them" if unseen else ""
+    return (f"Of {_count(total, 'held-out picture')} {every}. Shown are {sum(places.values())} of them in these shares, "
+            f"drawn by key from the run's seed{rare}.")
 
 
 @dataclass(frozen=True)
@@ -687,16 +687,16 @@ def size_charts(record: Record) -> list[tuple[str, Markup]]:
     if not sizes:
         return []
 
-    def chart(name: str, level: float | None, caption: str) -> tuple[str, Markup]:
+    def chart(name: str, level: float | None, y: str, caption: str) -> tuple[str, Markup]:
         values = [(number, size[name], 1.0) for number, size in sizes.items()]
-        return caption, _estimates(values, name.replace("_", " "), level, f"{name.replace('_', ' ')} by round")
+        return caption, _estimates(values, y, level, f"{name.replace('_', ' ')} by round")
 
     return [
         ("Best-of-n equivalent: of how many pictures of the base the best is as good as one; dashed: any.", _best_of_chart(sizes)),
-        _right_chart(sizes) or chart("shift", 0.0, "Mean of the judge over the base's, in standard deviations of the base."),
-        chart("diversity_at_equal_quality", 1.0,
+        _right_chart(sizes) or chart("shift", 0.0, "SD of the base", "Mean of the judge over the base's, in standard deviations of the base."),
+        chart("diversity_at_equal_quality", 1.0, "ratio",
               "Diversity over that of the base's pictures chosen to be as good; dashed: choosing is worth as much."),
-        chart("visible_change", None, "Visible change: distance to the base's picture of the same seed, over that between two seeds."),
+        chart("visible_change", None, "ratio", "Visible change: distance to the base's picture of the same seed, over that between two seeds."),
     ]
 
 
@@ -743,10 +743,12 @@ def sampler_chart(record: Record) -> Markup | None:
     y, quality = _quality(record, rows)
     lines, marks = [], []
     for role, colour in (("base", "muted"), ("after", "good")):
-        own = sorted((row["forwards"], value, row) for row, value in zip(rows, quality, strict=True) if row["role"] == role and value is not None)
-        best = [n for n, (_, value, _) in enumerate(own) if all(value > before for _, before, _ in own[:n])]
-        lines.append((colour, [own[n][0] for n in best], [own[n][1] for n in best]))
-        marks += [Mark(colour, forwards, value, f"{row['guidance']:g}", hollow=role == "base") for forwards, value, row in own]
+        own = [(row["forwards"], value, row["guidance"]) for row, value in zip(rows, quality, strict=True)
+               if row["role"] == role and value is not None]
+        own.sort(key=lambda point: (point[0], -point[1]))
+        best = [point for n, point in enumerate(own) if all(point[1] > before for _, before, _ in own[:n])]
+        lines.append((colour, [forwards for forwards, *_ in best], [value for _, value, _ in best]))
+        marks += [Mark(colour, *point[:2], f"{point[2]:g}" if point in best else "", hollow=role == "base") for point in own]
     return charts.plane(lines, marks, x="forwards a picture", y=y, costs=True, about="Quality against forwards of base and tuned model")
 
 

@@ -38,9 +38,9 @@ def run(session: Session, n: int | None) -> None:
     found = {r.number: session.output(r.evaluate).manifest["numbers"] for r in chain.rounds[1:]}
     judge, drift = session.config.evaluate.judge or "mix", session.config.evaluate.drift
     last = session.output(chain.rounds[-1].finetune)
-    if said := effect_size.reached_in_words(found[n]["base_by_setting"], found[n]["sampler"]):
-        session.say(said)
-    for finding in diagnosis.of_evidence(last.manifest["numbers"]["pairs"], last.table("steps"), found[n]):
+    evidence = diagnosis.of_evidence(last.manifest["numbers"]["pairs"], last.table("steps"), found[n])
+    size = diagnosis.of_size(found[n], session.config.held_out_setting, chain.rounds[n].finetune.config)
+    for finding in [*evidence, *size]:
         session.say(f"{finding.level}  {finding.sentence}")
     for alarm in diagnosis.of_rounds(found, drift):
         session.say(f"alarm    {alarm.sentence}")

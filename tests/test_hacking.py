@@ -116,7 +116,7 @@ def test_saturation_rewarded_alone_raises_the_alarm_is_rolled_back_and_shown(run
         assert f"alarm    {told}" in said and told[1:].replace(" %", "\u00a0%") in page
         drifted = said.partition(f"alarm    round {number}: pictures drifted from the base's")[2].partition("\n")[0]
         assert "saturation by +" in drifted and "edge density by -" in drifted
-    assert "<h2>Alarms</h2>" in page and "edge_density" in page.partition("Drift from the base")[2]
+    assert "<h2>Alarms</h2>" in page and "edge density" in page.partition("Drift from the base")[2]
     for place in (said, page):
         assert "The base is the one to keep" in place and "not counting rounds 1, 2, which raised an alarm." in place
     assert "adapter  none, as the base is kept" in said and "--round 0" in said

@@ -47,9 +47,8 @@ def describe(number: int, fooled: str, numbers: dict, drift: float | None) -> No
     print(f"{fooled:10} round {number} from {numbers['before'] or 'the base'}: {fooled} {percent(experts[fooled]['against_base'])}, "
           f"{numbers['judge']} {percent(numbers['against_base'])}")
     if size := numbers.get("size"):
-        gained = claims.right(size["right"]) if size["right"] else claims.shift(size["shift"])
         print(f"{'':10} {claims.with_interval(size['best_of'])}; diversity at equal quality {claims.plain(size['diversity_at_equal_quality'])}; "
-              f"visible change {claims.plain(size['visible_change'])}; {gained}")
+              f"visible change {claims.plain(size['visible_change'])}; {claims.gained(size)}")
     moved = ", ".join(f"{name} {shift:+.2f}" for name, shift in diagnosis.shifts(numbers).items() if shift is not None)
     print(f"{'':10} drift in standard deviations: {moved}")
     for alarm in diagnosis.of_round(number, numbers, drift):

@@ -50,7 +50,8 @@ def intervals(
     lines: Sequence[Points], *, y: str, about: str, level: float | None = None, x: str = "round", falling: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> Markup:
-    """Curves with an interval bar at each point; `level` is where nothing has changed. falling: x runs from high to low.
+    """Curves with an interval bar at each point; `level` is where nothing has changed. falling: x runs from
+    high to low.
 
     ticks: y -> what stands there, where y itself is not what is told.
     """
@@ -85,7 +86,9 @@ class Mark:
 def plane(
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], marks: Sequence[Mark], *, x: str, y: str, about: str, costs: bool = False
 ) -> Markup:
-    """Points in a plane, and lines (colour, x, y) through some of them. costs: x is a number of calls, told on a scale of doublings."""
+    """Points in a plane, and lines (colour, x, y) through some of them. costs: x is a number of calls, told
+    on a scale of doublings.
+    """
 
     def draw(axes: Axes) -> None:
         for colour, across, up in lines:

@@ -1,6 +1,8 @@
-"""Measures of size as sentences: what may be said of a tuned model, and with which interval. Pure functions of what `evaluate` found.
+"""Measures of size as sentences: what may be said of a tuned model, and with which interval. Pure functions
+of what `evaluate` found.
 
-An estimate is {value, low, high}; None as a value is unknown (of a best-of-n equivalent: beyond what was drawn), as an end no bound.
+An estimate is {value, low, high}; None as a value is unknown (of a best-of-n equivalent: beyond what was
+drawn), as an end no bound.
 """
 
 import math
@@ -21,7 +23,9 @@ def unbounded(best_of: Estimate) -> bool:
 
 
 def direction(best_of: Estimate) -> str:
-    """Where the whole interval of a best-of-n equivalent lies: good (above 1), bad (below), open (it holds 1)."""
+    """Where the whole interval of a best-of-n equivalent lies: good (above 1), bad (below), open (it holds
+    1).
+    """
     if (best_of["low"] or 0.0) > 1:
         return "good"
     return "bad" if best_of["high"] is not None and best_of["high"] < 1 else "open"
@@ -43,7 +47,8 @@ def choice(n: float | None, most: float) -> str:
 
 
 def with_interval(best_of: Estimate) -> str:
-    """A best-of-n equivalent with its interval; `most` in it is how many pictures of a prompt there are to choose from.
+    """A best-of-n equivalent with its interval; `most` in it is how many pictures of a prompt there are to
+    choose from.
 
     >>> with_interval({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
     'the best of 3.4 [2.9, 4.1]'
@@ -66,7 +71,11 @@ def ends(best_of: Estimate) -> list[str]:
     >>> ends({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16}), ends({"value": 0.5, "low": 0.0, "high": None, "most": 16})
     (['2.9', '4.1'], ['anything'])
     """
-    low, high, beyond = best_of["low"] or 0.0, best_of["high"], f"more than {best_of.get('most') or math.inf:g}"
+    low, high, beyond = (
+        best_of["low"] or 0.0,
+        best_of["high"],
+        f"more than {best_of.get('most') or math.inf:g}",
+    )
     if unbounded(best_of):
         return ["anything"]
     best = beyond if high is None else _n(high)

@@ -31,10 +31,11 @@ PLATEAU = 0.02  # gain of accuracy over the second half below which it taught no
 FEW_PAIRS, FEW_STEPS = 10, 10  # pairs to learn from, and optimiser steps, below which a round shows little
 SKIPPED = 0.05  # share of steps without a finite gradient; fp16 skips a few while it finds its scale
 DRIFT = 1.0  # standard deviations of the base's pictures that a meter may move
-STRUCTURE = ("edge_density", "colour_entropy")  # what is drawn at all: it may not get lost, however much the base's pictures vary in it
-HALF = 0.5  # share of the base's structure that must be left; where a published run lost 60 % of its edges, its reward rose all the while
-VISIBLE = 0.1  # share of another seed's change; where it was 0.03, 38 of 40 pairs of pictures looked at blind showed no difference
-ALIKE = 1.5  # a best-of-n equivalent nearer to 1 (on either side) is less than choosing between two every second time gives
+# What is drawn at all may not get lost, however much the base's pictures vary in it: half of it must be left.
+# A published run lost 60 % of its edges while its reward rose.
+STRUCTURE, HALF = ("edge_density", "colour_entropy"), 0.5
+VISIBLE = 0.1  # share of what another seed changes; at 0.03, of 40 pairs looked at blind 38 showed no difference
+ALIKE = 1.5  # a best-of-n equivalent nearer to 1 is less than choosing between two every second time gives
 Z = 1.96  # of a two-sided interval of 95 %
 NAMED = 6  # more timesteps than these are counted, not named
 
@@ -388,16 +389,22 @@ def _not_learnt(steps: pa.Table, evaluated: Mapping) -> list[Finding]:
 
 
 def of_size(numbers: Mapping, own: Mapping | None = None, knobs: Mapping | None = None) -> list[Finding]:
-    """What the measures of size say of a round, gravest first; nothing of fewer than FEWEST prompts, of which nothing can be said.
+    """What the measures of size say of a round, gravest first; nothing of fewer than FEWEST prompts, of which
+    nothing can be said.
 
-    numbers: what `evaluate` found. own: the {guidance, steps} that held-out pictures are drawn with (`Config.held_out_setting`).
-    knobs: the section `finetune`.
-    That a round is below the base is an alarm, which `of_round` raises.
+    numbers: what `evaluate` found. own: the {guidance, steps} that held-out pictures are drawn with
+    (`Config.held_out_setting`). knobs: the section `finetune`. That a round is below the base is an alarm,
+    which `of_round` raises.
     """
     size = numbers.get("size")
     if size is None or numbers["prompts"] < FEWEST:
         return []
-    found = [*_hardly_moved(size, knobs or {}), *_moved_for_nothing(size), *_diversity_paid(size), *_within_noise(size)]
+    found = [
+        *_hardly_moved(size, knobs or {}),
+        *_moved_for_nothing(size),
+        *_diversity_paid(size),
+        *_within_noise(size),
+    ]
     return worst_first([*found, *([] if own is None else _of_sampler(numbers, own))])
 
 
@@ -405,7 +412,10 @@ def _hardly_moved(size: Mapping, knobs: Mapping) -> list[Finding]:
     moved, n = size["visible_change"]["value"], size["best_of"]["value"]
     if moved is None or moved >= VISIBLE or n is None or not 1 / ALIKE < n < ALIKE:
         return []
-    beta, rate = (f"finetune.{name}" + (f" ({knobs[name]:g} now)" if name in knobs else "") for name in ("beta", "learning_rate"))
+    beta, rate = (
+        f"finetune.{name}" + (f" ({knobs[name]:g} now)" if name in knobs else "")
+        for name in ("beta", "learning_rate")
+    )
     what = f"the policy hardly moved (visible change {moved:.2f}, {claims.choice(n, size['best_of']['most']).removeprefix('the ')})"
     return [Finding("warning", what, f"lower {beta} or raise {rate}")]
 
@@ -415,24 +425,48 @@ def _moved_for_nothing(size: Mapping) -> list[Finding]:
     if moved is None or moved < VISIBLE or claims.direction(best_of) != "open":
         return []
     what = f"pictures changed (visible change {moved:.2f}) and got no better: {claims.of_picture(best_of)}"
-    return [Finding("warning", what, "what the pairs prefer is not what the judge sees; look at how often they agree, and at the pictures")]
+    return [
+        Finding(
+            "warning",
+            what,
+            "what the pairs prefer is not what the judge sees; look at how often they agree, and at the pictures",
+        )
+    ]
 
 
 def _diversity_paid(size: Mapping) -> list[Finding]:
     kept, best_of = size["diversity_at_equal_quality"], size["best_of"]
-    if kept["value"] is None or kept["high"] is None or kept["high"] >= 1 or claims.direction(best_of) == "bad":
+    if (
+        kept["value"] is None
+        or kept["high"] is None
+        or kept["high"] >= 1
+        or claims.direction(best_of) == "bad"
+    ):
         return []
-    what = (f"diversity was paid for nothing: pictures chosen from the base's are as good ({claims.choice(best_of['value'], best_of['most'])}) "
-            f"and keep more, of which the tuned model has {claims.plain(kept)}")
-    return [Finding("warning", what, "raise finetune.beta, train fewer finetune.epochs, or make pairs that leave alone what is good already")]
+    what = (
+        f"diversity was paid for nothing: pictures chosen from the base's are as good ({claims.choice(best_of['value'], best_of['most'])}) "
+        f"and keep more, of which the tuned model has {claims.plain(kept)}"
+    )
+    return [
+        Finding(
+            "warning",
+            what,
+            "raise finetune.beta, train fewer finetune.epochs, or make pairs that leave alone what is good already",
+        )
+    ]
 
 
 def _within_noise(size: Mapping) -> list[Finding]:
     ties = size["ties"]
     if ties is None or ties <= MOSTLY:
         return []
-    return [Finding("note", f"{100 * ties:.0f} % of the pictures score like the base's within the judge's own noise ({size['noise']:.2g})",
-                    "they count as ties; how much was gained is the best-of-n equivalent, not the win rate")]
+    return [
+        Finding(
+            "note",
+            f"{100 * ties:.0f} % of the pictures score like the base's within the judge's own noise ({size['noise']:.2g})",
+            "they count as ties; how much was gained is the best-of-n equivalent, not the win rate",
+        )
+    ]
 
 
 # -- the sampler's own line
@@ -440,7 +474,14 @@ def _within_noise(size: Mapping) -> list[Finding]:
 
 def at_setting(rows: Sequence[Mapping], role: str, setting: Mapping) -> Mapping | None:
     """The row of `evaluate`'s `sampler` at a {guidance, steps}; None where it was not drawn."""
-    return next((row for row in rows if row["role"] == role and all(row[name] == setting[name] for name in ("guidance", "steps"))), None)
+    return next(
+        (
+            row
+            for row in rows
+            if row["role"] == role and all(row[name] == setting[name] for name in ("guidance", "steps"))
+        ),
+        None,
+    )
 
 
 def setting_in_words(row: Mapping, own: Mapping) -> str:
@@ -457,9 +498,11 @@ def setting_in_words(row: Mapping, own: Mapping) -> str:
 
 
 def free_gain(numbers: Mapping, own: Mapping) -> Mapping | None:
-    """The row of `sampler` at which the base is as good as the tuned model is at the run's own setting; the cheapest, None where there is none.
+    """The row of `sampler` at which the base is as good as the tuned model is at the run's own setting; the
+    cheapest, None where there is none.
 
-    Quality is the judge's mean. None too where the tuned model is no better than the base at that setting: there is no gain to be had.
+    Quality is the judge's mean. None too where the tuned model is no better than the base at that setting:
+    there is no gain to be had.
     """
     rows, base, after = _rows(numbers, own)
     if base is None or after is None or after["mean"] <= base["mean"]:
@@ -469,12 +512,18 @@ def free_gain(numbers: Mapping, own: Mapping) -> Mapping | None:
 
 
 def better_base(numbers: Mapping, own: Mapping) -> Mapping | None:
-    """The row at which the base is best for no more forwards than at the run's own setting, if that is better by more than the judge's noise."""
+    """The row at which the base is best for no more forwards than at the run's own setting, if that is better
+    by more than the judge's noise.
+    """
     rows, base, _ = _rows(numbers, own)
     if base is None:
         return None
     least = base["mean"] + ((numbers.get("size") or {}).get("noise") or 0.0)
-    better = [row for row in rows if row["role"] == "base" and row["forwards"] <= base["forwards"] and row["mean"] > least]
+    better = [
+        row
+        for row in rows
+        if row["role"] == "base" and row["forwards"] <= base["forwards"] and row["mean"] > least
+    ]
     return max(better, key=lambda row: row["mean"], default=None)
 
 
@@ -489,11 +538,21 @@ def _of_sampler(numbers: Mapping, own: Mapping) -> list[Finding]:
     """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
     _, base, after = _rows(numbers, own)
     if row := free_gain(numbers, own):
-        return [Finding("warning", f"{setting_in_words(row, own)} gives the base as much: {_beside(row, after)}",
-                        f"set {_knobs(row, own)}, and tune from there: what is left then is what tuning adds")]
+        return [
+            Finding(
+                "warning",
+                f"{setting_in_words(row, own)} gives the base as much: {_beside(row, after)}",
+                f"set {_knobs(row, own)}, and tune from there: what is left then is what tuning adds",
+            )
+        ]
     if row := better_base(numbers, own):
-        return [Finding("note", f"the base draws better with {setting_in_words(row, own)} at no more forwards: {_beside(row, base)}",
-                        f"set {_knobs(row, own)}: part of what tuning gains here is had for nothing")]
+        return [
+            Finding(
+                "note",
+                f"the base draws better with {setting_in_words(row, own)} at no more forwards: {_beside(row, base)}",
+                f"set {_knobs(row, own)}: part of what tuning gains here is had for nothing",
+            )
+        ]
     return []
 
 
@@ -504,12 +563,18 @@ def _beside(row: Mapping, other: Mapping | None) -> str:
         quality = f"{100 * row['right']:.1f} % right against {100 * other['right']:.1f} %"
     else:
         quality = f"mean {row['mean']:.3g} against {other['mean']:.3g}"
-    cost = "as many forwards" if row["forwards"] == other["forwards"] else f"{row['forwards']:g} forwards a picture against {other['forwards']:g}"
+    cost = (
+        "as many forwards"
+        if row["forwards"] == other["forwards"]
+        else f"{row['forwards']:g} forwards a picture against {other['forwards']:g}"
+    )
     return f"{quality}, with {cost}"
 
 
 def _knobs(row: Mapping, own: Mapping) -> str:
-    return " and ".join(f"sample.{name}: {row[name]:g}" for name in ("guidance", "steps") if row[name] != own[name])
+    return " and ".join(
+        f"sample.{name}: {row[name]:g}" for name in ("guidance", "steps") if row[name] != own[name]
+    )
 
 
 # -- which rounds please their reward alone
@@ -523,11 +588,13 @@ def of_rounds(rounds: Mapping[int, dict], drift: float | None = DRIFT) -> list[F
 def of_round(number: int, numbers: dict, drift: float | None = DRIFT) -> list[Finding]:
     """Signs that a round pleases its reward and not the eye, against the base.
 
-    The whole interval of its best-of-n equivalent is below 1; or a watched expert falls (its interval wholly below one half) while a
-    rewarded one rises (wholly above); or the mean of a meter or of diversity moved by more than `drift` standard deviations of the
-    base's, or a meter of structure lost more than HALF of the base's; None: the latter two are never an alarm.
+    The whole interval of its best-of-n equivalent is below 1; or a watched expert falls (its interval wholly
+    below one half) while a rewarded one rises (wholly above); or the mean of a meter or of diversity moved by
+    more than `drift` standard deviations of the base's, or a meter of structure lost more than HALF of the
+    base's; None: the latter two are never an alarm.
     """
-    return [*_below_base(number, numbers), *_watched_fall(number, numbers), *_drifted(number, numbers, drift), *_emptied(number, numbers, drift)]
+    pictures = [*_drifted(number, numbers, drift), *_emptied(number, numbers, drift)]
+    return [*_below_base(number, numbers), *_watched_fall(number, numbers), *pictures]
 
 
 def _below_base(number: int, numbers: Mapping) -> list[Finding]:
@@ -567,12 +634,21 @@ def _emptied(number: int, numbers: dict, limit: float | None) -> list[Finding]:
     lost = []
     for name, values in ((name, numbers["meters"][name]) for name in STRUCTURE if name in numbers["meters"]):
         base, after, shift = values["base"], values["after"], _shift(values)
-        if base and after is not None and after < HALF * base and (shift is None or abs(shift) <= limit):  # else drift has told
-            lost.append(f"{name.replace('_', ' ')} fell by {100 * (1 - after / base):.0f} %, from {base:.3g} to {after:.3g}")
+        if (
+            base and after is not None and after < HALF * base and (shift is None or abs(shift) <= limit)
+        ):  # else drift has told
+            lost.append(
+                f"{name.replace('_', ' ')} fell by {100 * (1 - after / base):.0f} %, from {base:.3g} to {after:.3g}"
+            )
     if not lost:
         return []
-    return [Finding("alarm", f"round {number}: pictures lost structure: {'; '.join(lost)}",
-                    "look at them; if garments are drawn flatter or emptier, keep an earlier round, or raise finetune.beta")]
+    return [
+        Finding(
+            "alarm",
+            f"round {number}: pictures lost structure: {'; '.join(lost)}",
+            "look at them; if garments are drawn flatter or emptier, keep an earlier round, or raise finetune.beta",
+        )
+    ]
 
 
 def shifts(numbers: dict) -> dict[str, float | None]:
@@ -592,13 +668,16 @@ def _shift(found: Mapping) -> float | None:
 
 
 def best_round(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> int:
-    """The round to keep: of those without an alarm that beat the base, the one that gained most; 0 (the base) if none does.
+    """The round to keep: of those without an alarm that beat the base, the one that gained most; 0 (the base)
+    if none does.
 
-    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base where the interval of its
-    best-of-n equivalent lies wholly above 1, and gained as much as that is; beyond what was drawn, as its mean has moved. Where that was
-    not measured by this judge, the win rate over the base, wholly above one half. Of equal rounds the earlier is kept: it moved less.
+    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base
+    where the interval of its best-of-n equivalent lies wholly above 1, and gained as much as that is; beyond
+    what was drawn, as its mean has moved. Where that was not measured by this judge, the win rate over the
+    base, wholly above one half. Of equal rounds the earlier is kept: it moved less.
     """
-    fit = [number for number in sorted(rounds) if _beats(rounds[number], judge) and not of_round(number, rounds[number], drift)]
+    fit = [number for number in sorted(rounds)
+           if _beats(rounds[number], judge) and not of_round(number, rounds[number], drift)]
     return max(fit, key=lambda number: _gain(rounds[number], judge), default=0)
 
 

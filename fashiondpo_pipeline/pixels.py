@@ -37,9 +37,11 @@ def edges(pixels: np.ndarray) -> float:
 
 
 def edge_density(pixels: np.ndarray) -> float:
-    """Share of pixels on an edge, 0..1: whose luminance differs by more than EDGE from that of the pixel to the right or below.
+    """Share of pixels on an edge, 0..1: whose luminance differs by more than EDGE from that of the pixel to
+    the right or below.
 
-    How high an edge is does not count, as it does for `edges`. No smoothing: stripes of one pixel are edges too.
+    How high an edge is does not count, as it does for `edges`. No smoothing: stripes of one pixel are edges
+    too.
     """
     light = luminance(pixels)
     across = np.abs(np.diff(light, axis=1, append=light[:, -1:])) > EDGE
@@ -48,7 +50,9 @@ def edge_density(pixels: np.ndarray) -> float:
 
 
 def colour_entropy(pixels: np.ndarray) -> float:
-    """Shannon's entropy of a picture's colours in bits, each channel in SHADES shades: 0 (one colour) to 9, or log2 of its pixels."""
+    """Shannon's entropy of a picture's colours in bits, each channel in SHADES shades: 0 (one colour) to 9,
+    or log2 of its pixels.
+    """
     shades = pixels.astype(np.int64) * SHADES // 256
     count = np.bincount((shades @ np.array([SHADES**2, SHADES, 1])).ravel())
     share = count[count > 0] / count.sum()

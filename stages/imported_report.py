@@ -35,7 +35,8 @@ def write(session: Session, r: Round) -> Path:
 
 
 def _cautions(session: Session, r: Round, record: Record, finetune: Output, evaluated: dict | None) -> list[diagnosis.Finding]:
-    """What gives cause to doubt the round, and what its measures of size say; an alarm of its pictures too."""
+    """What gives cause to doubt the round, and what its measures of size say; an alarm of its pictures too.
+    """
     found = diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], record.last.steps, evaluated)
     if evaluated is None:
         return found

@@ -63,7 +63,7 @@ class Sharpness(Meter):
 
 
 class EdgeDensity(Meter):
-    """Share of pixels on an edge, 0..1: how much is drawn. A model that pleases its reward by plain areas loses it."""
+    """Share of pixels on an edge, 0..1: how much is drawn."""
 
     def measure(self, picture: np.ndarray) -> float:
         return pixels.edge_density(picture)

@@ -44,19 +44,27 @@ def rounds(session: Session, count: int) -> tuple[dict[int, dict], int]:
 def describe(number: int, fooled: str, numbers: dict, drift: float | None) -> None:
     """One round in some lines."""
     experts = numbers["experts"]
-    print(f"{fooled:10} round {number} from {numbers['before'] or 'the base'}: {fooled} {percent(experts[fooled]['against_base'])}, "
-          f"{numbers['judge']} {percent(numbers['against_base'])}")
+    print(
+        f"{fooled:10} round {number} from {numbers['before'] or 'the base'}: {fooled} {percent(experts[fooled]['against_base'])}, "
+        f"{numbers['judge']} {percent(numbers['against_base'])}"
+    )
     if size := numbers.get("size"):
-        print(f"{'':10} {claims.with_interval(size['best_of'])}; diversity at equal quality {claims.plain(size['diversity_at_equal_quality'])}; "
-              f"visible change {claims.plain(size['visible_change'])}; {claims.gained(size)}")
-    moved = ", ".join(f"{name} {shift:+.2f}" for name, shift in diagnosis.shifts(numbers).items() if shift is not None)
+        print(
+            f"{'':10} {claims.with_interval(size['best_of'])}; diversity at equal quality {claims.plain(size['diversity_at_equal_quality'])}; "
+            f"visible change {claims.plain(size['visible_change'])}; {claims.gained(size)}"
+        )
+    moved = ", ".join(
+        f"{name} {shift:+.2f}" for name, shift in diagnosis.shifts(numbers).items() if shift is not None
+    )
     print(f"{'':10} drift in standard deviations: {moved}")
     for alarm in diagnosis.of_round(number, numbers, drift):
         print(f"{'':10} ALARM {alarm.sentence}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=FOOLED, default=FOOLED)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="section.key=value")
@@ -70,11 +78,27 @@ def main() -> None:
             for number, numbers in found.items():
                 describe(number, fooled, numbers, drift)
             rose = [numbers["experts"][fooled]["against_base"] for numbers in found.values()]
-            alarmed = [number for number, numbers in found.items() if diagnosis.of_round(number, numbers, drift)]
-            targets.check(f"{fooled}: the reward rose", percent(max(rose, key=lambda rate: rate["low"])), "above 50 % in a round",
-                          any(rate["low"] > 0.5 for rate in rose))
-            targets.check(f"{fooled}: alarm", ", ".join(f"round {number}" for number in alarmed) or "none", "in a round", bool(alarmed))
-            targets.check(f"{fooled}: kept", f"round {kept}" if kept else "the base", "one without an alarm", kept not in alarmed)
+            alarmed = [
+                number for number, numbers in found.items() if diagnosis.of_round(number, numbers, drift)
+            ]
+            targets.check(
+                f"{fooled}: the reward rose",
+                percent(max(rose, key=lambda rate: rate["low"])),
+                "above 50 % in a round",
+                any(rate["low"] > 0.5 for rate in rose),
+            )
+            targets.check(
+                f"{fooled}: alarm",
+                ", ".join(f"round {number}" for number in alarmed) or "none",
+                "in a round",
+                bool(alarmed),
+            )
+            targets.check(
+                f"{fooled}: kept",
+                f"round {kept}" if kept else "the base",
+                "one without an alarm",
+                kept not in alarmed,
+            )
     targets.end()
 
 

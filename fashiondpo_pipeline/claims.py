@@ -13,6 +13,15 @@ Estimate = Mapping[str, float | None]
 FINE = 10.0  # an n from here on is told without decimals
 
 
+def known(best_of: Estimate) -> bool:
+    """Whether there is a best-of-n equivalent; there is none where nobody rewarded is asked about held-out draws.
+
+    >>> known({"value": None, "low": 9.0, "high": None}), known({"value": None, "low": None, "high": None})
+    (True, False)
+    """
+    return best_of["value"] is not None or best_of["low"] is not None
+
+
 def unbounded(best_of: Estimate) -> bool:
     """Whether the interval of a best-of-n equivalent excludes nothing, as of fewer than five prompts.
 
@@ -31,14 +40,17 @@ def direction(best_of: Estimate) -> str:
     return "bad" if best_of["high"] is not None and best_of["high"] < 1 else "open"
 
 
-def choice(n: float | None, most: float) -> str:
+def choice(best_of: Estimate) -> str:
     """A best-of-n equivalent without its interval.
 
-    >>> choice(3.42, 16), choice(0.5, 16), choice(1.0, 16)
-    ('the best of 3.4', 'the worst of 2.0', 'the best of 1.0')
-    >>> choice(None, 16), choice(0.0, 16)
-    ('better than the best of 16', 'worse than the worst of 16')
+    >>> [choice({"value": n, "low": 0.1, "most": 16}) for n in (3.42, 0.5, 1.0)]
+    ['the best of 3.4', 'the worst of 2.0', 'the best of 1.0']
+    >>> [choice({"value": n, "low": low, "most": 16}) for n, low in ((None, 9.0), (0.0, 0.0), (None, None))]
+    ['better than the best of 16', 'worse than the worst of 16', 'of unknown worth beside those']
     """
+    n, most = best_of["value"], best_of.get("most") or math.inf
+    if not known(best_of):
+        return "of unknown worth beside those"
     if n is None:
         return f"better than the best of {most:g}"
     if not n:
@@ -61,8 +73,7 @@ def with_interval(best_of: Estimate) -> str:
     >>> with_interval({"value": 1.1, "low": 0.0, "high": None, "most": 16})
     'the best of 1.1 [anything]'
     """
-    most = best_of.get("most") or math.inf
-    return f"{choice(best_of['value'], most)} [{', '.join(ends(best_of))}]"
+    return f"{choice(best_of)} [{', '.join(ends(best_of))}]" if known(best_of) else choice(best_of)
 
 
 def ends(best_of: Estimate) -> list[str]:

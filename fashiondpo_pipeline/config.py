@@ -441,12 +441,6 @@ class Config(Section):
         """The experts that are not dropped (null)."""
         return {name: expert for name, expert in self.experts.items() if expert is not None}
 
-    @property
-    def held_out_setting(self) -> dict[str, float]:
-        """The sampler's guidance and steps that held-out pictures are drawn with."""
-        drawn, asked = self.sample, self.evaluate
-        return {"guidance": drawn.guidance if asked.guidance is None else asked.guidance, "steps": asked.steps or drawn.steps}
-
     def of_round(self, number: int) -> "Config":
         """The configuration as one round has it."""
         own = self.by_round.get(number)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline import claims
+from fashiondpo_pipeline.effect_size import setting_in_words
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.statistics import FEW, FEWEST, percent, wilson
 
@@ -388,12 +389,11 @@ def _not_learnt(steps: pa.Table, evaluated: Mapping) -> list[Finding]:
 # -- how much was gained, and what else would have given it
 
 
-def of_size(numbers: Mapping, own: Mapping | None = None, knobs: Mapping | None = None) -> list[Finding]:
+def of_size(numbers: Mapping, knobs: Mapping | None = None) -> list[Finding]:
     """What the measures of size say of a round, gravest first; nothing of fewer than FEWEST prompts, of which
     nothing can be said.
 
-    numbers: what `evaluate` found. own: the {guidance, steps} that held-out pictures are drawn with
-    (`Config.held_out_setting`). knobs: the section `finetune`. That a round is below the base is an alarm,
+    numbers: what `evaluate` found. knobs: the section `finetune`. That a round is below the base is an alarm,
     which `of_round` raises.
     """
     size = numbers.get("size")
@@ -405,7 +405,7 @@ def of_size(numbers: Mapping, own: Mapping | None = None, knobs: Mapping | None 
         *_diversity_paid(size),
         *_within_noise(size),
     ]
-    return worst_first([*found, *([] if own is None else _of_sampler(numbers, own))])
+    return worst_first([*found, *_of_sampler(numbers)])
 
 
 def _hardly_moved(size: Mapping, knobs: Mapping) -> list[Finding]:
@@ -416,13 +416,13 @@ def _hardly_moved(size: Mapping, knobs: Mapping) -> list[Finding]:
         f"finetune.{name}" + (f" ({knobs[name]:g} now)" if name in knobs else "")
         for name in ("beta", "learning_rate")
     )
-    what = f"the policy hardly moved (visible change {moved:.2f}, {claims.choice(n, size['best_of']['most']).removeprefix('the ')})"
+    what = f"the policy hardly moved (visible change {moved:.2f}, {claims.choice(size['best_of']).removeprefix('the ')})"
     return [Finding("warning", what, f"lower {beta} or raise {rate}")]
 
 
 def _moved_for_nothing(size: Mapping) -> list[Finding]:
     moved, best_of = size["visible_change"]["value"], size["best_of"]
-    if moved is None or moved < VISIBLE or claims.direction(best_of) != "open":
+    if moved is None or moved < VISIBLE or not claims.known(best_of) or claims.direction(best_of) != "open":
         return []
     what = f"pictures changed (visible change {moved:.2f}) and got no better: {claims.of_picture(best_of)}"
     return [
@@ -444,7 +444,7 @@ def _diversity_paid(size: Mapping) -> list[Finding]:
     ):
         return []
     what = (
-        f"diversity was paid for nothing: pictures chosen from the base's are as good ({claims.choice(best_of['value'], best_of['most'])}) "
+        f"diversity was paid for nothing: pictures chosen from the base's are as good ({claims.choice(best_of)}) "
         f"and keep more, of which the tuned model has {claims.plain(kept)}"
     )
     return [
@@ -463,7 +463,7 @@ def _within_noise(size: Mapping) -> list[Finding]:
     return [
         Finding(
             "note",
-            f"{100 * ties:.0f} % of the pictures score like the base's within the judge's own noise ({size['noise']:.2g})",
+            f"{100 * ties:.0f} % of the pictures score like the base's within the judge's own noise ({size['noise'] or 0:.2g})",
             "they count as ties; how much was gained is the best-of-n equivalent, not the win rate",
         )
     ]
@@ -471,110 +471,39 @@ def _within_noise(size: Mapping) -> list[Finding]:
 
 # -- the sampler's own line
 
-
-def at_setting(rows: Sequence[Mapping], role: str, setting: Mapping) -> Mapping | None:
-    """The row of `evaluate`'s `sampler` at a {guidance, steps}; None where it was not drawn."""
-    return next(
-        (
-            row
-            for row in rows
-            if row["role"] == role and all(row[name] == setting[name] for name in ("guidance", "steps"))
-        ),
-        None,
-    )
+KNOBS = ("guidance", "steps", "eta", "guidance_rescale")  # of a setting
 
 
-def setting_in_words(row: Mapping, own: Mapping) -> str:
-    """What of a setting is not the run's own.
-
-    >>> setting_in_words({"guidance": 1.5, "steps": 10}, {"guidance": 1.0, "steps": 10})
-    'guidance 1.5'
-    >>> setting_in_words({"guidance": 1.5, "steps": 5}, {"guidance": 1.0, "steps": 10})
-    'guidance 1.5 with 5 steps'
-    """
-    guidance, steps = (row[name] != own[name] for name in ("guidance", "steps"))
-    words = [f"guidance {row['guidance']:g}"] if guidance else []
-    return " with ".join([*words, f"{row['steps']} steps"] if steps else words) or "the same setting"
-
-
-def free_gain(numbers: Mapping, own: Mapping) -> Mapping | None:
-    """The row of `sampler` at which the base is as good as the tuned model is at the run's own setting; the
-    cheapest, None where there is none.
-
-    Quality is the judge's mean. None too where the tuned model is no better than the base at that setting:
-    there is no gain to be had.
-    """
-    rows, base, after = _rows(numbers, own)
-    if base is None or after is None or after["mean"] <= base["mean"]:
-        return None
-    free = [row for row in rows if row["role"] == "base" and row is not base and row["mean"] >= after["mean"]]
-    return min(free, key=lambda row: (row["forwards"], -row["mean"]), default=None)
-
-
-def better_base(numbers: Mapping, own: Mapping) -> Mapping | None:
-    """The row at which the base is best for no more forwards than at the run's own setting, if that is better
-    by more than the judge's noise.
-    """
-    rows, base, _ = _rows(numbers, own)
-    if base is None:
-        return None
-    least = base["mean"] + ((numbers.get("size") or {}).get("noise") or 0.0)
-    better = [
-        row
-        for row in rows
-        if row["role"] == "base" and row["forwards"] <= base["forwards"] and row["mean"] > least
-    ]
-    return max(better, key=lambda row: row["mean"], default=None)
-
-
-def _rows(numbers: Mapping, own: Mapping) -> tuple[list[Mapping], Mapping | None, Mapping | None]:
-    """The rows of `sampler` that have a mean, and the two at the run's own setting."""
-    rows = [row for row in numbers.get("sampler") or [] if row["mean"] is not None]
-    base, after = (at_setting(rows, role, own) for role in ("base", "after"))
-    return rows, base, after
-
-
-def _of_sampler(numbers: Mapping, own: Mapping) -> list[Finding]:
+def _of_sampler(numbers: Mapping) -> list[Finding]:
     """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
-    _, base, after = _rows(numbers, own)
-    if row := free_gain(numbers, own):
-        return [
-            Finding(
-                "warning",
-                f"{setting_in_words(row, own)} gives the base as much: {_beside(row, after)}",
-                f"set {_knobs(row, own)}, and tune from there: what is left then is what tuning adds",
-            )
-        ]
-    if row := better_base(numbers, own):
-        return [
-            Finding(
-                "note",
-                f"the base draws better with {setting_in_words(row, own)} at no more forwards: {_beside(row, base)}",
-                f"set {_knobs(row, own)}: part of what tuning gains here is had for nothing",
-            )
-        ]
+    usual = {line["role"]: line for line in numbers.get("sampler") or [] if line["usual"]}
+    found = numbers.get("base_by_setting") or {}
+    if line := found.get("reaches"):
+        what = f"{setting_in_words(line, usual['base'])} gives the base as much: {_beside(line, usual['after'])}"
+        advice = f"set {_knobs(line, usual['base'])}, and tune from there: what is left then is what tuning adds"
+        return [Finding("warning", what, advice)]
+    line = found.get("equal")
+    if line and not line["usual"] and line["mean"] > usual["base"]["mean"] + (numbers["size"]["noise"] or 0.0):
+        setting = setting_in_words(line, usual["base"])
+        what = f"the base draws better with {setting} at no more forwards: {_beside(line, usual['base'])}"
+        advice = f"set {_knobs(line, usual['base'])}: part of what tuning gains here is had for nothing"
+        return [Finding("note", what, advice)]
     return []
 
 
-def _beside(row: Mapping, other: Mapping | None) -> str:
-    """Quality and cost of one row against another's."""
-    assert other is not None
-    if row["right"] is not None and other["right"] is not None:
-        quality = f"{100 * row['right']:.1f} % right against {100 * other['right']:.1f} %"
+def _beside(line: Mapping, other: Mapping) -> str:
+    """Quality and cost of one line against another's."""
+    if line["right"] is not None and other["right"] is not None:
+        quality = f"{100 * line['right']:.1f} % right against {100 * other['right']:.1f} %"
     else:
-        quality = f"mean {row['mean']:.3g} against {other['mean']:.3g}"
-    cost = (
-        "as many forwards"
-        if row["forwards"] == other["forwards"]
-        else f"{row['forwards']:g} forwards a picture against {other['forwards']:g}"
-    )
-    return f"{quality}, with {cost}"
+        quality = f"mean {line['mean']:.3g} against {other['mean']:.3g}"
+    if line["forwards"] == other["forwards"]:
+        return f"{quality}, with as many forwards"
+    return f"{quality}, with {line['forwards']:g} forwards a picture against {other['forwards']:g}"
 
 
-def _knobs(row: Mapping, own: Mapping) -> str:
-    return " and ".join(
-        f"sample.{name}: {row[name]:g}" for name in ("guidance", "steps") if row[name] != own[name]
-    )
+def _knobs(line: Mapping, usual: Mapping) -> str:
+    return " and ".join(f"sample.{name}: {line[name]:g}" for name in KNOBS if line[name] != usual[name])
 
 
 # -- which rounds please their reward alone
@@ -695,8 +624,9 @@ def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = 
 
 
 def _size_by(numbers: Mapping, judge: str) -> Mapping | None:
-    """The measures of size, if they are this judge's."""
-    return numbers.get("size") if numbers.get("judge") == judge else None
+    """The measures of size, if they are this judge's and there was anything to choose the base's pictures by."""
+    size = numbers.get("size")
+    return size if size and numbers.get("judge") == judge and claims.known(size["best_of"]) else None
 
 
 def _beats(numbers: Mapping, judge: str) -> bool:

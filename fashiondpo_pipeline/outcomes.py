@@ -15,13 +15,6 @@ RIGHT = {GAINED: "mended", LOST: "broken", SAME: "unchanged"}  # of pictures tha
 SCORED = {GAINED: "better", LOST: "worse", SAME: "alike"}  # of pictures that only have a score
 
 
-def right(scores: np.ndarray | float) -> np.ndarray:
-    """1 where a classifier, whose score is ln p of what was asked for, finds it more likely than not, else 0;
-    NaN where there is no score.
-    """
-    return np.where(np.isfinite(scores), np.asarray(scores) > np.log(0.5), np.nan)
-
-
 def of_right(base: np.ndarray, after: np.ndarray) -> np.ndarray:
     """(g, k) outcomes of pictures that are right (1), wrong (0) or unknown (NaN), of one seed by both models.
     """

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from fashiondpo_pipeline import charts, claims, diagnosis, outcomes, preferences, statistics
+from fashiondpo_pipeline import charts, claims, diagnosis, effect_size, outcomes, preferences, statistics
 from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Mark, Points
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.config import Config
@@ -79,8 +79,9 @@ class Round:
 
     @property
     def size(self) -> dict | None:
-        """The measures of size; None where `evaluate` made none."""
-        return self.numbers.get("size")
+        """The measures of size; None before an evaluation, or where there was nothing to choose the base's pictures by."""
+        size = self.numbers.get("size")
+        return size if size and claims.known(size["best_of"]) else None
 
     @cached_property
     def findings(self) -> list[Finding]:
@@ -100,6 +101,7 @@ class Record:
     base: Grid
     rounds: list[Round]
     missing: list[Missing]
+    right: list[np.ndarray] | None = None  # which pictures of the base and the last round are right, (g, k) each; None: the judge has scores only
 
     @property
     def last(self) -> Round:
@@ -131,18 +133,12 @@ class Record:
         """How many decimals each expert's scores are shown with, and the judge's."""
         return {name: decimals_for(scores) for name, scores in {**self.base.scores, self.judge: self.opinions[0]}.items()}
 
-    @property
-    def classified(self) -> bool:
-        """Whether the judge says of a picture that it is right or wrong."""
-        return bool(self.last.size and self.last.size["right"])
-
     @cached_property
     def outcomes(self) -> np.ndarray:
         """What became of each held-out picture from the base to the last round, (g, k); see `outcomes`."""
-        base, after = self.opinions[0], self.opinions[-1]
-        if self.classified:
-            return outcomes.of_right(outcomes.right(base), outcomes.right(after))
-        return outcomes.of_scores(base, after, (self.last.size or {}).get("noise") or 0.0)
+        if self.right is not None:
+            return outcomes.of_right(*self.right)
+        return outcomes.of_scores(self.opinions[0], self.opinions[-1], (self.last.size or {}).get("noise") or 0.0)
 
     @cached_property
     def judged_gains(self) -> np.ndarray:
@@ -304,13 +300,11 @@ def headline(record: Record) -> tuple[str, str]:
     if tone == "open":
         return tone, "No clear difference from the base"
     text = _set(claims.headline(size["best_of"])).removesuffix(".")
-    own = record.config.held_out_setting
-    free = diagnosis.free_gain(record.last.numbers, own)
-    return (
-        (tone, text)
-        if free is None
-        else ("open", f"{text}, and so is one of the base with {diagnosis.setting_in_words(free, own)}")
-    )
+    free = record.last.numbers["base_by_setting"]["reaches"]
+    if free is None:
+        return tone, text
+    usual = next(line for line in record.last.numbers["sampler"] if line["usual"])
+    return "open", f"{text}, and so is one of the base with {effect_size.setting_in_words(free, usual)}"
 
 
 def measures(record: Record) -> list[tuple[str, str, str]]:
@@ -607,7 +601,7 @@ def outcome_names(record: Record) -> dict[int, str]:
     """What outcomes are called: mended, broken, unchanged; where the judge has scores only, better, worse,
     alike.
     """
-    return outcomes.RIGHT if record.classified else outcomes.SCORED
+    return outcomes.SCORED if record.right is None else outcomes.RIGHT
 
 
 def outcomes_in_words(record: Record) -> str:
@@ -702,9 +696,9 @@ def leading_cards(
 
 
 def _right_in_words(record: Record, at: int, one: outcomes.Shown) -> str:
-    if not record.classified:
+    if record.right is None:
         return ""
-    return "right" if outcomes.right(record.opinions[at][one.row, one.number]) else "wrong"
+    return "right" if record.right[at][one.row, one.number] else "wrong"
 
 
 def _draw(record: Record, number: int, row: int, name: str, pictures: Pictures) -> dict:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 Estimate = Mapping[str, float | None]
 
-FINE = 10.0  # an n from here on is told without decimals
 
 
 def known(best_of: Estimate) -> bool:
@@ -69,7 +68,7 @@ def with_interval(best_of: Estimate) -> str:
     >>> with_interval({"value": 1.1, "low": 0.8, "high": 1.5, "most": 16})
     'the best of 1.1 [worst of 1.2, best of 1.5]'
     >>> with_interval({"value": None, "low": 9.0, "high": None, "most": 16})
-    'better than the best of 16 [9.0, more than 16]'
+    'better than the best of 16 [9.0, more]'
     >>> with_interval({"value": 1.1, "low": 0.0, "high": None, "most": 16})
     'the best of 1.1 [anything]'
     """
@@ -82,11 +81,7 @@ def ends(best_of: Estimate) -> list[str]:
     >>> ends({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16}), ends({"value": 0.5, "low": 0.0, "high": None, "most": 16})
     (['2.9', '4.1'], ['anything'])
     """
-    low, high, beyond = (
-        best_of["low"] or 0.0,
-        best_of["high"],
-        f"more than {best_of.get('most') or math.inf:g}",
-    )
+    low, high, beyond = best_of["low"] or 0.0, best_of["high"], "more"
     if unbounded(best_of):
         return ["anything"]
     best = beyond if high is None else _n(high)
@@ -99,28 +94,7 @@ def ends(best_of: Estimate) -> list[str]:
 
 
 def _n(n: float) -> str:
-    return f"{n:.0f}" if n >= FINE else f"{n:.1f}"
-
-
-def of_picture(best_of: Estimate) -> str:
-    """The claim itself, to follow what names the model.
-
-    >>> of_picture({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
-    'one of its pictures is as good as the best of 3.4 [2.9, 4.1] of the base'
-    >>> of_picture({"value": None, "low": 12.2, "high": None, "most": 16})
-    'one of its pictures is better than the best of 16 [12, more than 16] of the base'
-    """
-    return f"one of its pictures is {'as good as ' if best_of['value'] else ''}{with_interval(best_of)} of the base"
-
-
-def headline(best_of: Estimate) -> str:
-    """The claim itself, as a sentence.
-
-    >>> headline({"value": 3.42, "low": 2.9, "high": 4.1, "most": 16})
-    'One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base.'
-    """
-    few = " Of so few prompts nothing can be said." if unbounded(best_of) else ""
-    return of_picture(best_of).replace("one of its pictures", "One picture of the tuned model") + "." + few
+    return f"{n:.1f}"
 
 
 def plain(found: Estimate, decimals: int = 2) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline import claims
-from fashiondpo_pipeline.effect_size import setting_in_words
+from fashiondpo_pipeline.effect_size import as_good_as, setting_in_words
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.statistics import FEW, FEWEST, percent, wilson
 
@@ -396,8 +396,8 @@ def of_size(numbers: Mapping, knobs: Mapping | None = None) -> list[Finding]:
     numbers: what `evaluate` found. knobs: the section `finetune`. That a round is below the base is an alarm,
     which `of_round` raises.
     """
-    size = numbers.get("size")
-    if size is None or numbers["prompts"] < FEWEST:
+    size = numbers["size"]
+    if numbers["prompts"] < FEWEST:
         return []
     found = [
         *_hardly_moved(size, knobs or {}),
@@ -424,7 +424,7 @@ def _moved_for_nothing(size: Mapping) -> list[Finding]:
     moved, best_of = size["visible_change"]["value"], size["best_of"]
     if moved is None or moved < VISIBLE or not claims.known(best_of) or claims.direction(best_of) != "open":
         return []
-    what = f"pictures changed (visible change {moved:.2f}) and got no better: {claims.of_picture(best_of)}"
+    what = f"pictures changed (visible change {moved:.2f}) and got no better: one of its pictures is {as_good_as(best_of)} of the base"
     return [
         Finding(
             "warning",
@@ -476,13 +476,12 @@ KNOBS = ("guidance", "steps", "eta", "guidance_rescale")  # of a setting
 
 def _of_sampler(numbers: Mapping) -> list[Finding]:
     """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
-    usual = {line["role"]: line for line in numbers.get("sampler") or [] if line["usual"]}
-    found = numbers.get("base_by_setting") or {}
-    if line := found.get("reaches"):
+    usual = {line["role"]: line for line in numbers["sampler"] if line["usual"]}
+    if line := numbers["base_by_setting"]["reaches"]:
         what = f"{setting_in_words(line, usual['base'])} gives the base as much: {_beside(line, usual['after'])}"
         advice = f"set {_knobs(line, usual['base'])}, and tune from there: what is left then is what tuning adds"
         return [Finding("warning", what, advice)]
-    line = found.get("equal")
+    line = numbers["base_by_setting"]["equal"]
     if line and not line["usual"] and line["mean"] > usual["base"]["mean"] + (numbers["size"]["noise"] or 0.0):
         setting = setting_in_words(line, usual["base"])
         what = f"the base draws better with {setting} at no more forwards: {_beside(line, usual['base'])}"
@@ -527,10 +526,10 @@ def of_round(number: int, numbers: dict, drift: float | None = DRIFT) -> list[Fi
 
 
 def _below_base(number: int, numbers: Mapping) -> list[Finding]:
-    size = numbers.get("size")
-    if size is None or numbers["prompts"] < FEWEST or claims.direction(size["best_of"]) != "bad":
+    best_of = numbers["size"]["best_of"]
+    if claims.direction(best_of) != "bad":  # of too few prompts the interval is everything
         return []
-    what = f"round {number} is below the base: {claims.of_picture(size['best_of'])}"
+    what = f"round {number} is below the base: one of its pictures is {as_good_as(best_of)} of the base"
     advice = "keep the base or an earlier round; if the labels are right, raise finetune.beta or lower finetune.learning_rate"
     return [Finding("alarm", what, advice)]
 
@@ -597,17 +596,19 @@ def _shift(found: Mapping) -> float | None:
 
 
 def best_round(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> int:
-    """The round to keep: of those without an alarm that beat the base, the one that gained most; 0 (the base)
-    if none does.
+    """The round to keep: of those without an alarm that beat the base, the highest mean by the judge; 0 (the base) if none does.
 
-    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base
-    where the interval of its best-of-n equivalent lies wholly above 1, and gained as much as that is; beyond
-    what was drawn, as its mean has moved. Where that was not measured by this judge, the win rate over the
-    base, wholly above one half. Of equal rounds the earlier is kept: it moved less.
+    rounds: number -> what `evaluate` found. judge: the expert that decides, or "mix". A round beats the base where the interval
+    of its best-of-n equivalent lies wholly above 1; where there is none (nobody rewarded is asked about held-out draws) that of its
+    win rate above one half. Of equal rounds the earlier is kept: it moved less.
     """
-    fit = [number for number in sorted(rounds)
-           if _beats(rounds[number], judge) and not of_round(number, rounds[number], drift)]
-    return max(fit, key=lambda number: _gain(rounds[number], judge), default=0)
+    fit = [number for number in sorted(rounds) if _beats(rounds[number], judge) and not of_round(number, rounds[number], drift)]
+    return max(fit, key=lambda number: rounds[number]["size"]["shift"]["value"] or 0.0, default=0)
+
+
+def _beats(numbers: dict, judge: str) -> bool:
+    least = numbers["size"]["best_of"]["low"]
+    return _rate(numbers, judge)["low"] > 0.5 if least is None else least > 1
 
 
 def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = DRIFT) -> str:
@@ -615,33 +616,13 @@ def best_in_words(rounds: Mapping[int, dict], judge: str, drift: float | None = 
     best = best_round(rounds, judge, drift)
     alarmed = [number for number in sorted(rounds) if of_round(number, rounds[number], drift)]
     aside = f"; not counting round{'s' if len(alarmed) > 1 else ''} {', '.join(map(str, alarmed))}, which raised an alarm" if alarmed else ""
-    if best:
-        size = _size_by(rounds[best], judge)
-        why = f"{judge} prefers it to the base in {percent(_rate(rounds[best], judge))}"
-        return f"Round {best} is the one to keep: {why if size is None else claims.of_picture(size['best_of'])}{aside}."
-    above = "1" if any(_size_by(numbers, judge) for numbers in rounds.values()) else "one half"
-    return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above {above}{aside}."
+    if not best:
+        return f"The base is the one to keep: no round beats it by {judge}, with an interval wholly above the best of 1{aside}."
+    found = rounds[best]
+    why = (f"{judge} prefers it to the base in {percent(_rate(found, judge))}" if found["size"]["best_of"]["low"] is None else
+           f"by {judge} one picture of it is {as_good_as(found['size']['best_of'])} of the base")
+    return f"Round {best} is the one to keep: {why}{aside}."
 
 
-def _size_by(numbers: Mapping, judge: str) -> Mapping | None:
-    """The measures of size, if they are this judge's and there was anything to choose the base's pictures by."""
-    size = numbers.get("size")
-    return size if size and numbers.get("judge") == judge and claims.known(size["best_of"]) else None
-
-
-def _beats(numbers: Mapping, judge: str) -> bool:
-    size = _size_by(numbers, judge)
-    return _rate(numbers, judge)["low"] > 0.5 if size is None else claims.direction(size["best_of"]) == "good"
-
-
-def _gain(numbers: Mapping, judge: str) -> tuple[float, float]:
-    """What rounds are ordered by."""
-    size = _size_by(numbers, judge)
-    if size is None:
-        return _rate(numbers, judge)["win_rate"], 0.0
-    n = size["best_of"]["value"]
-    return (n, 0.0) if n is not None else (math.inf, size["shift"]["value"] or 0.0)
-
-
-def _rate(numbers: Mapping, judge: str) -> dict:
+def _rate(numbers: dict, judge: str) -> dict:
     return numbers["experts"][judge]["against_base"]

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fashiondpo_pipeline import statistics
+from fashiondpo_pipeline import claims, statistics
 
 Estimate = dict[str, float | None]  # value, low, high; None: unknown as a value, no bound as an end
 
@@ -283,17 +283,6 @@ def base_by_setting(sampler: list[dict]) -> dict[str, dict | None]:
     }
 
 
-def reached_in_words(found: dict[str, dict | None], sampler: list[dict]) -> str | None:
-    """A gain that a setting of the sampler gives the base, as a sentence; None where none does. found: `base_by_setting` of `sampler`."""
-    line = found["reaches"]
-    if line is None:
-        return None
-    usual = next(one for one in sampler if one["usual"])
-    right = "" if line["right"] is None else f", {100 * line['right']:.1f} % right"
-    return (f"no gain of tuning alone: {setting_in_words(line, usual)} gives the base as much, untuned "
-            f"(mean {line['mean']:.3f}{right}; {line['forwards']} denoiser rows a picture, {usual['forwards']} now)")
-
-
 def setting_in_words(line: dict, usual: dict) -> str:
     """What a line of `sampler` does otherwise than the usual one.
 
@@ -315,22 +304,17 @@ def as_good_as(found: dict) -> str:
     'as good as the best of 3.4 [2.9, 4.1]'
     >>> as_good_as({"value": 0.5, "low": 0.4, "high": 0.8, "most": 16})
     'only as good as the worst of 2.0 [1.2, 2.5]'
+    >>> as_good_as({"value": 0.9, "low": 0.8, "high": 1.5, "most": 16})
+    'only as good as the worst of 1.1 [worst of 1.2, best of 1.5]'
     >>> as_good_as({"value": None, "low": 11.0, "high": None, "most": 16})
     'better than the best of 16 [11.0, more]'
     """
-    value, low, high, most = (found[name] for name in ("value", "low", "high", "most"))
-    if value is None and low is None:
-        return "of unknown worth beside those"
-    if value is None or value == 0:
-        head, worst = ("better than the best of" if value is None else "worse than the worst of") + f" {most}", value == 0
-    else:
-        worst = value < 1
-        head = f"only as good as the worst of {1 / value:.1f}" if worst else f"as good as the best of {value:.1f}"
-    if not low and high is None:
-        return f"{head} (so few prompts say nothing of others)"
-    ends = [1 / high if high else None, 1 / low if low else None] if worst else [low, high]
-    first, last = ("more" if end is None else f"{end:.1f}" for end in ends)
-    return f"{head} [{first}, {last}]"
+    value = found["value"]
+    head = claims.choice(found) if not value else f"{'only ' if value < 1 else ''}as good as {claims.choice(found)}"
+    if not claims.known(found):
+        return head
+    few = claims.unbounded(found)
+    return f"{head} (so few prompts say nothing of others)" if few else f"{head} [{', '.join(claims.ends(found))}]"
 
 
 def in_words(size: dict) -> list[str]:

@@ -299,7 +299,7 @@ def headline(record: Record) -> tuple[str, str]:
     tone = claims.direction(size["best_of"])
     if tone == "open":
         return tone, "No clear difference from the base"
-    text = _set(claims.headline(size["best_of"])).removesuffix(".")
+    text = _set(f"One picture of the tuned model is {effect_size.as_good_as(size['best_of'])} of the base")
     free = record.last.numbers["base_by_setting"]["reaches"]
     if free is None:
         return tone, text
@@ -451,12 +451,7 @@ def _judge_is_rewarded(record: Record) -> list[str]:
 
 
 def _size(record: Record) -> list[str]:
-    return [
-        described(finding)
-        for finding in diagnosis.of_size(
-            record.last.numbers, record.config.held_out_setting, record.last.knobs
-        )
-    ]
+    return [described(finding) for finding in diagnosis.of_size(record.last.numbers, record.last.knobs)]
 
 
 def _reward_without_gain(record: Record) -> list[str]:

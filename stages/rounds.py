@@ -39,8 +39,7 @@ def run(session: Session, n: int | None) -> None:
     judge, drift = session.config.evaluate.judge or "mix", session.config.evaluate.drift
     last = session.output(chain.rounds[-1].finetune)
     evidence = diagnosis.of_evidence(last.manifest["numbers"]["pairs"], last.table("steps"), found[n])
-    size = diagnosis.of_size(found[n], chain.rounds[n].finetune.config)
-    for finding in [*evidence, *size]:
+    for finding in [*evidence, *diagnosis.of_size(found[n], chain.rounds[n].finetune.config)]:
         session.say(f"{finding.level}  {finding.sentence}")
     for alarm in diagnosis.of_rounds(found, drift):
         session.say(f"alarm    {alarm.sentence}")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fashiondpo_pipeline import diagnosis, effect_size, pairsets
+from fashiondpo_pipeline import diagnosis, pairsets
 from fashiondpo_pipeline.config import OfRound, Pair, may_differ
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.identity import fingerprint

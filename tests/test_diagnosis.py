@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fashiondpo_pipeline import diagnosis
 from fashiondpo_pipeline.diagnosis import Finding, best_in_words, best_round, interval, of_rounds, of_training, shifts, worst_first
+from fashiondpo_pipeline.effect_size import base_by_setting
 from fashiondpo_pipeline.timesteps import in_window
 
 LN_2 = math.log(2)
@@ -504,9 +505,6 @@ def test_a_gain_that_finetuning_did_not_learn_is_told_with_both_figures():
 
 # -- how much was gained
 
-OWN = {"guidance": 1.0, "steps": 10}
-
-
 def span(value, low=None, high=None):
     return {"value": value, "low": low, "high": high}
 
@@ -517,22 +515,22 @@ def size(best=(3.4, 2.9, 4.1), diversity=(1.02, 0.97, 1.07), moved=0.4, ties=0.1
             "right": None, "shift": span(0.3, 0.2, 0.4), "noise": 0.02, "ties": ties}
 
 
-def sampler(*rows) -> list[dict]:
-    return [{"role": role, "guidance": guidance, "steps": steps, "forwards": forwards, "mean": mean, "right": right, "diversity": 0.1,
-             "pictures": 640} for role, guidance, steps, forwards, mean, right in rows]
+def line(role, guidance, steps, forwards, mean, right) -> dict:
+    return {"role": role, "usual": (guidance, steps) == (1.0, 10), "guidance": guidance, "steps": steps, "eta": 1.0, "guidance_rescale": 0.0,
+            "forwards": forwards, "mean": mean, "rewarded": mean, "right": right, "diversity": 0.1, "pictures": 640}
 
 
-def of_size(found=None, rows=(), prompts=40, own=OWN, **knobs) -> list[tuple[str, str]]:
-    numbers = {"prompts": prompts, "size": size() if found is None else found, "sampler": list(rows)}
-    return [(finding.level, finding.sentence) for finding in diagnosis.of_size(numbers, own, knobs)]
+LINES = [line("base", 1.0, 10, 10, -0.5, 0.845), line("after", 1.0, 10, 10, -0.3, 0.93), line("base", 1.5, 10, 20, -0.4, 0.90),
+         line("after", 1.5, 10, 20, -0.25, 0.95), line("base", 1.0, 20, 20, -0.45, 0.86)]
 
 
-LINE = sampler(("base", 1.0, 10, 10, -0.5, 0.845), ("after", 1.0, 10, 10, -0.3, 0.93), ("base", 1.5, 10, 20, -0.4, 0.90),
-               ("after", 1.5, 10, 20, -0.25, 0.95), ("base", 1.0, 20, 20, -0.45, 0.86))
+def of_size(found=None, lines=(), prompts=40, **knobs) -> list[tuple[str, str]]:
+    found = {"prompts": prompts, "size": size() if found is None else found, "sampler": list(lines), "base_by_setting": base_by_setting(list(lines))}
+    return [(finding.level, finding.sentence) for finding in diagnosis.of_size(found, knobs)]
 
 
 def test_a_round_that_gained_calls_for_no_remark():
-    assert of_size(rows=LINE) == of_size() == [] == diagnosis.of_size({"prompts": 40})
+    assert of_size(lines=LINES) == of_size() == []
 
 
 def test_a_policy_that_hardly_moved_is_told_with_both_figures_and_what_to_turn():
@@ -575,75 +573,53 @@ def test_a_win_rate_that_is_mostly_ties_is_told():
 
 
 def test_a_setting_of_the_sampler_that_gives_the_base_as_much_is_told_the_cheapest_first():
-    more = sampler(("base", 3.0, 10, 20, -0.2, 0.96), ("base", 3.0, 20, 40, -0.1, 0.97))
-    (found,) = of_size(rows=LINE + more)
+    more = [line("base", 3.0, 10, 20, -0.2, 0.96), line("base", 3.0, 20, 40, -0.1, 0.97)]
+    (found,) = of_size(lines=[*LINES, *more])
     assert found == ("warning", "guidance 3 gives the base as much: 96.0 % right against 93.0 %, with 20 forwards a picture against 10: "
                                 "set sample.guidance: 3, and tune from there: what is left then is what tuning adds")
-    cheaper = sampler(("base", 1.5, 5, 10, -0.29, 0.931))
-    assert of_size(rows=LINE + more + cheaper)[0][1].startswith(
-        "guidance 1.5 with 5 steps gives the base as much: 93.1 % right against 93.0 %, with as many forwards: set sample.guidance: 1.5 and "
+    cheaper = [line("base", 1.5, 5, 10, -0.29, 0.931)]
+    assert of_size(lines=[*LINES, *more, *cheaper])[0][1].startswith(
+        "guidance 1.5, 5 steps gives the base as much: 93.1 % right against 93.0 %, with as many forwards: set sample.guidance: 1.5 and "
         "sample.steps: 5, and")
 
 
 def test_where_the_judge_does_not_classify_a_setting_is_told_by_its_mean():
-    rows = [row | {"right": None} for row in LINE + sampler(("base", 3.0, 10, 20, -0.2, None))]
-    assert "guidance 3 gives the base as much: mean -0.2 against -0.3, with 20 forwards a picture against 10" in of_size(rows=rows)[0][1]
+    lines = [one | {"right": None} for one in [*LINES, line("base", 3.0, 10, 20, -0.2, None)]]
+    assert "guidance 3 gives the base as much: mean -0.2 against -0.3, with 20 forwards a picture against 10" in of_size(lines=lines)[0][1]
 
 
 def test_a_setting_below_the_tuned_model_or_of_the_tuned_model_itself_gives_the_base_nothing():
-    assert of_size(rows=LINE) == [] == of_size(rows=LINE, own=None) == of_size(rows=LINE, own={"guidance": 9.0, "steps": 10})
-    lost = [row | ({"mean": -0.6} if row["role"] == "after" else {}) for row in LINE]
-    assert of_size(rows=lost) == [], "what did not gain is not had elsewhere"
+    assert of_size(lines=LINES) == []
+    lost = [one | ({"mean": -0.6} if one["role"] == "after" else {}) for one in LINES]
+    assert of_size(lines=lost) == [], "what did not gain is not had elsewhere"
 
 
 def test_a_base_that_is_not_at_its_best_for_its_forwards_is_noted():
-    ((level, sentence),) = of_size(rows=LINE + sampler(("base", 1.5, 5, 10, -0.42, 0.9)))
-    assert (level, sentence) == ("note", "the base draws better with guidance 1.5 with 5 steps at no more forwards: 90.0 % right against "
+    ((level, sentence),) = of_size(lines=[*LINES, line("base", 1.5, 5, 10, -0.42, 0.9)])
+    assert (level, sentence) == ("note", "the base draws better with guidance 1.5, 5 steps at no more forwards: 90.0 % right against "
                                          "84.5 %, with as many forwards: set sample.guidance: 1.5 and sample.steps: 5: part of what tuning "
                                          "gains here is had for nothing")
-    assert of_size(rows=LINE + sampler(("base", 1.5, 5, 10, -0.49, 0.85))) == [], "within the judge's own noise"
+    assert of_size(lines=[*LINES, line("base", 1.5, 5, 10, -0.49, 0.85)]) == [], "within the judge's own noise"
 
 
 def test_of_fewer_than_five_prompts_nothing_is_said_of_size():
     wrong = size(best=(0.4, 0.3, 0.5), diversity=(0.5, 0.4, 0.6), moved=0.01, ties=0.9)
     assert of_size(wrong, prompts=4) == []
-    assert diagnosis.of_round(1, numbers() | {"prompts": 4, "size": wrong}) == []
+    assert diagnosis.of_round(1, numbers(best_of=(0.4, 0.0, None))) == []
 
 
 def test_a_round_below_the_base_is_an_alarm_and_not_kept():
-    found = numbers() | {"prompts": 40, "size": size(best=(0.5, 0.4, 0.8))}
+    found = numbers(best_of=(0.5, 0.4, 0.8))
     (alarm,) = of_rounds({2: found})
     assert alarm.level == "alarm"
-    assert alarm.what == "round 2 is below the base: one of its pictures is as good as the worst of 2.0 [1.2, 2.5] of the base"
+    assert alarm.what == "round 2 is below the base: one of its pictures is only as good as the worst of 2.0 [1.2, 2.5] of the base"
     assert best_round({2: found}, "judge") == 0
-    (beyond,) = of_rounds({2: numbers() | {"prompts": 40, "size": size(best=(0.0, 0.0, 0.1))}})
-    assert "one of its pictures is worse than the worst of 16 [10, more than 16] of the base" in beyond.what
-    assert of_rounds({2: numbers() | {"prompts": 40, "size": size(best=(0.8, 0.6, 1.0))}}) == []
-
-
-def sized(best, shift=0.3, win=UP) -> dict:
-    found = size(best=best)
-    return numbers(judge=win) | {"prompts": 40, "judge": "judge", "size": found | {"shift": span(shift)}}
-
-
-def test_the_round_to_keep_is_that_of_the_greatest_equivalent_and_not_of_the_highest_win_rate():
-    rounds = {1: sized((1.2, 1.1, 1.3), win=(0.9, 0.8, 0.95)), 2: sized((2.4, 2.0, 2.9)), 3: sized((2.4, 2.1, 2.8))}
-    assert best_round(rounds, "judge") == 2
-    assert best_in_words(rounds, "judge") == "Round 2 is the one to keep: one of its pictures is as good as the best of 2.4 [2.0, 2.9] of the base."
-    assert best_round(rounds, "watcher") == 0 and best_round(rounds, "clip") == 1, "another judge's rounds are told by win rates"
-
-
-def test_beyond_what_was_drawn_the_mean_decides_which_is_kept():
-    assert best_round({1: sized((9.0, 7.0, 12.0)), 2: sized((None, 9.0, None), 0.8), 3: sized((None, 9.0, None), 0.9)}, "judge") == 3
-
-
-def test_a_round_that_wins_and_is_no_better_than_choosing_one_is_not_kept():
-    rounds = {1: sized((1.1, 0.9, 1.3), win=(0.9, 0.8, 0.95))}
-    assert best_round(rounds, "judge") == 0
-    assert best_in_words(rounds, "judge") == "The base is the one to keep: no round beats it by judge, with an interval wholly above 1."
+    (beyond,) = of_rounds({2: numbers(best_of=(0.0, 0.0, 0.1))})
+    assert "one of its pictures is worse than the worst of 16 [10.0, more] of the base" in beyond.what
+    assert of_rounds({2: numbers(best_of=(0.8, 0.6, 1.0))}) == [] == of_rounds({2: numbers(best_of=NO_MIX)})
 
 
 def test_no_finding_of_size_appears_with_another():
     """Each of these is one thing that went wrong, and one sentence."""
     wrong = [size(best=(1.2, 1.1, 1.3), moved=0.04), size(best=(1.1, 0.8, 1.5)), size(diversity=(0.85, 0.8, 0.9)), size(ties=0.62)]
-    assert [len(of_size(one, LINE)) for one in wrong] == [1, 1, 1, 1]
+    assert [len(of_size(one, LINES)) for one in wrong] == [1, 1, 1, 1]

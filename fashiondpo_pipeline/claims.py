@@ -22,7 +22,7 @@ def known(best_of: Estimate) -> bool:
 
 
 def unbounded(best_of: Estimate) -> bool:
-    """Whether the interval of a best-of-n equivalent excludes nothing, as of fewer than five prompts.
+    """Whether the interval of a best-of-n equivalent excludes nothing, as of fewer than five prompts, or where there is none.
 
     >>> unbounded({"value": 3.0, "low": 0.0, "high": None}), unbounded({"value": 3.0, "low": 2.0, "high": None})
     (True, False)

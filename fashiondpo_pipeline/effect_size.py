@@ -205,6 +205,21 @@ def diversity_at_equal_quality(
     return value, *statistics.expanded(ratio(statistics.resampled(len(after), seed, resamples)), len(after), coverage)
 
 
+def curve(quality: np.ndarray, distance: np.ndarray, right: np.ndarray | None) -> list[dict]:
+    """What choosing gives the base: {n, mean, right, diversity} of its best of n for n = 1, 2, 4, 8, ... and for all k; None where unknown.
+
+    quality, distance, right: (g, 2k-1) of `chosen_quality` of the judge's scores, `chosen_distance`, and `chosen_quality` of what is right.
+    """
+    k = quality.shape[1] // 2 + 1
+
+    def mean(values: np.ndarray | None, n: int) -> float | None:
+        chosen = None if values is None else values[:, k - 1 + n - 1]
+        return None if chosen is None or not np.isfinite(chosen).any() else float(np.nanmean(chosen))
+
+    counts = sorted({2**power for power in range(k.bit_length())} | {k})
+    return [{"n": n, "mean": mean(quality, n), "right": mean(right, n), "diversity": mean(distance, n)} for n in counts]
+
+
 def share_right(right: dict[str, np.ndarray], coverage: float) -> dict:
     """Shares of pictures that are right, of base and after (g, k) each (1, 0, NaN), and what became of pictures of the same seed.
 

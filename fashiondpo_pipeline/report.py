@@ -101,7 +101,7 @@ class Record:
     base: Grid
     rounds: list[Round]
     missing: list[Missing]
-    right: list[np.ndarray] | None = None  # which pictures of the base and the last round are right, (g, k) each; None: the judge has scores only
+    right: list[np.ndarray] | None = None  # which of the base's and the last round's are right, (g, k); None: scores only
 
     @property
     def last(self) -> Round:
@@ -138,7 +138,7 @@ class Record:
         """What became of each held-out picture from the base to the last round, (g, k); see `outcomes`."""
         if self.right is not None:
             return outcomes.of_right(*self.right)
-        return outcomes.of_scores(self.opinions[0], self.opinions[-1], (self.last.size or {}).get("noise") or 0.0)
+        return outcomes.of_scores(self.opinions[0], self.opinions[-1], self.last.numbers["size"]["noise"] or 0.0)
 
     @cached_property
     def judged_gains(self) -> np.ndarray:
@@ -849,8 +849,8 @@ def sampler_chart(record: Record) -> Markup | None:
     """Quality against forwards a picture: base and tuned model at each setting of the grid, and the best of
     each for so many forwards.
     """
-    rows = record.last.numbers.get("sampler") or []
-    if not rows:
+    rows = record.last.numbers["sampler"]
+    if all(row["usual"] for row in rows):
         return None
     y, quality = _quality(record, rows)
     lines, marks = [], []
@@ -881,8 +881,8 @@ def trade_off_chart(record: Record) -> Markup | None:
     """Quality against diversity: the base's best of n as a line, each round a point; None where no curve was
     measured.
     """
-    curve = (record.last.size or {}).get("curve")
-    if not curve:
+    curve = [] if record.last.size is None else record.last.size["curve"]
+    if all(row["diversity"] is None for row in curve):
         return None
     rounds = [r for r in record.rounds if r.size and _point(r)["diversity"] is not None]
     y, quality = _quality(record, [*curve, *map(_point, rounds)])

@@ -3,8 +3,9 @@ what drifted, and what a setting of the sampler would have given.
 
 `size` of the numbers that are written (see fashiondpo_pipeline/effect_size.py for each): best_of {value, low, high, most} (value null: more
 than the best of `most`; 0: less than the worst of it), diversity_at_equal_quality, shift (deviations of the base), visible_change, each
-{value, low, high}; right {base, after, change, mended, broken, pictures}, null where the judge does not classify; noise of the judge (null
-where it was not measured) and the share of ties within it. A bound that is null is none; a value that is null is unknown.
+{value, low, high}; right {base, after, change, mended, broken, pictures}, null where the judge does not classify; curve [{n, mean, right,
+diversity}] of the base's best of n; noise of the judge (null where it was not measured) and the share of ties within it. A bound that is
+null is none; a value that is null is unknown.
 """
 
 import math
@@ -118,6 +119,7 @@ def _size(drawn: dict[str, Drawn], judge: str, moved: np.ndarray, knobs: dict) -
         "right": effect_size.share_right(right, coverage) if right else None,
         "shift": estimate(*effect_size.shift(scores, after.grid.scores[judge], *resampling("shift"))),
         "visible_change": estimate(*effect_size.visible_change(*moved.T, coverage)),
+        "curve": effect_size.curve(quality, distance, None if base.right is None else effect_size.chosen_quality(mix, base.right)),
     }
 
 
@@ -205,13 +207,19 @@ def _vectors(out: Output, role: str, grid: Grid) -> np.ndarray:
 
 
 def _right(out: Output, role: str, grid: Grid, judge: str | None) -> np.ndarray | None:
-    """(g, k) 1 where the judge's own first choice is what was asked for, 0 where not, NaN unknown; None where it does not classify."""
+    """`right_of` the judge's scores of one draw."""
     scores = out.input(f"{role}-score-{judge}") if f"{role}-score-{judge}" in out.inputs else None
-    if scores is None or "right" not in scores.columns("scores"):
+    return None if scores is None else right_of(scores, grid, str(judge))
+
+
+def right_of(scores: Output, grid: Grid, name: str) -> np.ndarray | None:
+    """(g, k) 1 where an expert's own first choice is what was asked for, 0 where not, NaN unknown; None where it does not classify."""
+    if "right" not in scores.columns("scores"):
         return None
     table = scores.table("scores", ["group", "candidate", "right"])
     right = pc.fill_null(table["right"].cast(pa.int8()).cast(pa.float64()), math.nan)
-    return lay([pa.table({"group": table["group"], "candidate": table["candidate"], "score": right})], grid.groups, grid.k, str(judge))
+    table = pa.table({"group": table["group"], "candidate": table["candidate"], "score": right})
+    return lay([table], grid.groups, grid.k, name)
 
 
 def _by_prompt(out: Output):

@@ -552,7 +552,7 @@ def test_to_have_hardly_moved_is_to_have_changed_little_and_gained_little(best, 
 def test_pictures_that_changed_and_got_no_better_are_told():
     (found,) = of_size(size(best=(1.1, 0.8, 1.5), moved=0.4))
     assert found[0] == "warning" and found[1].startswith(
-        "pictures changed (visible change 0.40) and got no better: one of its pictures is as good as "
+        "pictures changed (visible change 0.40) and are not shown to be better: one of its pictures is as good as "
         "the best of 1.1 [worst of 1.2, best of 1.5] of the base:")
     assert of_size(size(best=(1.1, 1.01, 1.5), moved=0.4)) == []
 

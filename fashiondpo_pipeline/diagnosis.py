@@ -400,12 +400,23 @@ def of_size(numbers: Mapping, knobs: Mapping | None = None) -> list[Finding]:
     if numbers["prompts"] < FEWEST:
         return []
     found = [
+        *_chosen_worse(size, numbers["judge"]),
         *_hardly_moved(size, knobs or {}),
         *_moved_for_nothing(size),
         *_diversity_paid(size),
         *_within_noise(size),
     ]
     return worst_first([*found, *_of_sampler(numbers)])
+
+
+def _chosen_worse(size: Mapping, judge: str) -> list[Finding]:
+    """A reward whose choice among the base's own pictures the judge likes less than chance."""
+    means = [row["mean"] for row in size["curve"]]
+    if len(means) < 2 or None in (means[0], means[-1]) or means[-1] > means[0]:
+        return []
+    what = (f"{judge} finds the pictures of the base that the reward likes best no better than any "
+            f"(mean {means[-1]:.3g} against {means[0]:.3g}), so that there is no best-of-n equivalent")
+    return [Finding("warning", what, "what is rewarded is not what it sees: give another expert a weight in pair.weights")]
 
 
 def _hardly_moved(size: Mapping, knobs: Mapping) -> list[Finding]:

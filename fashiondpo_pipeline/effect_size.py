@@ -139,17 +139,27 @@ def at_place(curve: np.ndarray, place: np.ndarray) -> np.ndarray:
 # -- the measures
 
 
+def choosing_helps(quality: np.ndarray) -> bool:
+    """Whether the best of all k pictures of a prompt, as the mix chooses them, is better to the judge than any: else there is no best of n.
+
+    A reward that can be fooled, such as saturation, chooses pictures that the judge likes less; along such a curve worse would count as
+    better. quality (g, 2k-1): `chosen_quality` of the base; a single picture a prompt (k = 1) is no choice, and says nothing against it.
+    """
+    curve = quality.mean(0)
+    return quality.shape[1] == 1 or bool(curve[-1] > curve[len(curve) // 2])
+
+
 def best_of(quality: np.ndarray, after: np.ndarray, coverage: float) -> tuple[float, float, float]:
     """Best-of-n equivalent of a tuned model, (value, low, high): the n whose best-of-n pictures of the base are as good as its pictures.
 
     quality (g, 2k-1): `chosen_quality` of the base. after (g,): the tuned model's mean of each prompt. Below 1 it is 1/m, as good as the
-    worst of m; infinity: more than k; 0: less than the worst of k. The interval holds every n whose difference to the tuned model, a
+    worst of m; infinity: more than k; 0: less than the worst of k; NaN: the mix's choice is not the judge's (`choosing_helps`). The interval holds every n whose difference to the tuned model, a
     mean over prompts, has 0 in its Student's interval (the inversion of a test: Fieller 1954 for a curve), so that it needs no slope and
     may be open; of fewer than five prompts it is everything.
     """
     both = np.isfinite(after) & np.isfinite(quality).all(1)
     quality, after = quality[both], after[both]
-    if not len(after):
+    if not len(after) or not choosing_helps(quality):
         return (math.nan,) * 3
     value = n_of(float(place_of(after.mean(keepdims=True), quality.mean(0, keepdims=True))[0]))
     if len(after) < statistics.FEWEST:
@@ -189,7 +199,7 @@ def diversity_at_equal_quality(
     """
     both = np.isfinite(quality).all(1) & np.isfinite(distance).all(1) & np.isfinite(after) & np.isfinite(diversity)
     quality, distance, after, diversity = quality[both], distance[both], after[both], diversity[both]
-    if not len(after):
+    if not len(after) or not choosing_helps(quality):
         return (math.nan,) * 3
 
     def ratio(weights: np.ndarray) -> np.ndarray:

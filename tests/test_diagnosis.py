@@ -512,7 +512,7 @@ def span(value, low=None, high=None):
 def size(best=(3.4, 2.9, 4.1), diversity=(1.02, 0.97, 1.07), moved=0.4, ties=0.1) -> dict:
     """What is as it should be but for what is given."""
     return {"best_of": span(*best) | {"most": 16}, "diversity_at_equal_quality": span(*diversity), "visible_change": span(moved, 0.0, 1.0),
-            "right": None, "shift": span(0.3, 0.2, 0.4), "noise": 0.02, "ties": ties}
+            "right": None, "shift": span(0.3, 0.2, 0.4), "noise": 0.02, "ties": ties, "curve": [{"n": 1, "mean": -0.5}, {"n": 16, "mean": -0.1}]}
 
 
 def line(role, guidance, steps, forwards, mean, right) -> dict:
@@ -525,7 +525,7 @@ LINES = [line("base", 1.0, 10, 10, -0.5, 0.845), line("after", 1.0, 10, 10, -0.3
 
 
 def of_size(found=None, lines=(), prompts=40, **knobs) -> list[tuple[str, str]]:
-    found = {"prompts": prompts, "size": size() if found is None else found, "sampler": list(lines), "base_by_setting": base_by_setting(list(lines))}
+    found = {"prompts": prompts, "judge": "judge", "size": size() if found is None else found, "sampler": list(lines), "base_by_setting": base_by_setting(list(lines))}
     return [(finding.level, finding.sentence) for finding in diagnosis.of_size(found, knobs)]
 
 
@@ -617,6 +617,15 @@ def test_a_round_below_the_base_is_an_alarm_and_not_kept():
     (beyond,) = of_rounds({2: numbers(best_of=(0.0, 0.0, 0.1))})
     assert "one of its pictures is worse than the worst of 16 [10.0, more] of the base" in beyond.what
     assert of_rounds({2: numbers(best_of=(0.8, 0.6, 1.0))}) == [] == of_rounds({2: numbers(best_of=NO_MIX)})
+
+
+def test_a_reward_whose_own_choice_the_judge_likes_less_is_told():
+    wrong = size(best=(None, None, None), diversity=(None, None, None)) | {"curve": [{"n": 1, "mean": -0.5}, {"n": 16, "mean": -0.7}]}
+    ((level, sentence),) = of_size(wrong)
+    assert level == "warning" and sentence.startswith(
+        "judge finds the pictures of the base that the reward likes best no better than any (mean -0.7 against -0.5), so that there is no "
+        "best-of-n equivalent: what is rewarded is not what it sees")
+    assert of_size(size() | {"curve": [{"n": 1, "mean": -0.5}]}) == []
 
 
 def test_no_finding_of_size_appears_with_another():

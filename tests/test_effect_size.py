@@ -12,6 +12,7 @@ from fashiondpo_pipeline.effect_size import (
     at_place,
     best_of,
     best_of_weights,
+    choosing_helps,
     chosen_distance,
     chosen_quality,
     diversity_at_equal_quality,
@@ -279,3 +280,14 @@ def test_noise_is_how_much_a_score_changes_with_what_nobody_sees():
     disturbed = scores + np.linspace(-1, 1, 100).reshape(10, 10)
     assert noise_of(scores, disturbed) == pytest.approx(0.95, abs=0.02)
     assert noise_of(scores, np.full((10, 10), NAN)) == 0.0
+
+
+def test_where_the_mix_chooses_what_the_judge_likes_less_there_is_no_best_of_n():
+    """Else a model that got worse as its fooled reward wishes would be as good as the best of some."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(40, 8))
+    quality = chosen_quality(-scores, scores)
+    worse = scores.mean(1) - 0.3
+    assert not choosing_helps(quality) and choosing_helps(chosen_quality(scores, scores))
+    assert np.isnan(best_of(quality, worse, 0.95)).all()
+    assert best_of(chosen_quality(scores, scores), worse, 0.95)[2] < 1

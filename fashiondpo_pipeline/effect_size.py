@@ -153,7 +153,8 @@ def best_of(quality: np.ndarray, after: np.ndarray, coverage: float) -> tuple[fl
     """Best-of-n equivalent of a tuned model, (value, low, high): the n whose best-of-n pictures of the base are as good as its pictures.
 
     quality (g, 2k-1): `chosen_quality` of the base. after (g,): the tuned model's mean of each prompt. Below 1 it is 1/m, as good as the
-    worst of m; infinity: more than k; 0: less than the worst of k; NaN: the mix's choice is not the judge's (`choosing_helps`). The interval holds every n whose difference to the tuned model, a
+    worst of m; infinity: more than k; 0: less than the worst of k; NaN: the mix's choice is not the judge's (`choosing_helps`).
+    The interval holds every n whose difference to the tuned model, a
     mean over prompts, has 0 in its Student's interval (the inversion of a test: Fieller 1954 for a curve), so that it needs no slope and
     may be open; of fewer than five prompts it is everything.
     """

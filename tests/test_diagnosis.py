@@ -525,7 +525,8 @@ LINES = [line("base", 1.0, 10, 10, -0.5, 0.845), line("after", 1.0, 10, 10, -0.3
 
 
 def of_size(found=None, lines=(), prompts=40, **knobs) -> list[tuple[str, str]]:
-    found = {"prompts": prompts, "judge": "judge", "size": size() if found is None else found, "sampler": list(lines), "base_by_setting": base_by_setting(list(lines))}
+    found = {"prompts": prompts, "judge": "judge", "size": size() if found is None else found, "sampler": list(lines),
+             "base_by_setting": base_by_setting(list(lines))}
     return [(finding.level, finding.sentence) for finding in diagnosis.of_size(found, knobs)]
 
 

@@ -7,7 +7,7 @@ import pytest
 from whole_runs import folder_of, manifests, refused, session, works
 
 from fashiondpo_pipeline import codecs, effect_size, statistics
-from fashiondpo_pipeline.effect_size import base_by_setting, reached_in_words
+from fashiondpo_pipeline.effect_size import base_by_setting
 from stages import disturb
 from stages.plan import estimate
 
@@ -157,10 +157,8 @@ def test_a_gain_that_a_setting_gives_the_base_is_said_to_be_one():
              line("after", -0.4, usual=True), line("after", -0.1, 20, guidance=3.0)]
     found = base_by_setting(lines)
     assert found == {"equal": lines[2], "any": lines[1], "reaches": lines[2]}
-    assert reached_in_words(found, lines) == ("no gain of tuning alone: guidance 1.5, 5 steps gives the base as much, untuned (mean -0.350, "
-                                              "91.1 % right; 10 denoiser rows a picture, 10 now)")
     better = [*lines[:3], line("after", -0.2, usual=True)]
-    assert base_by_setting(better)["reaches"] is None and reached_in_words(base_by_setting(better), better) is None
+    assert base_by_setting(better)["reaches"] is None
     worse = [*lines[:3], line("after", -0.6, usual=True)]
     assert base_by_setting(worse)["reaches"] is None, "there is no gain that a setting could give"
     assert base_by_setting(lines[:1]) == {"equal": None, "any": None, "reaches": None}

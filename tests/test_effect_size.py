@@ -15,6 +15,7 @@ from fashiondpo_pipeline.effect_size import (
     choosing_helps,
     chosen_distance,
     chosen_quality,
+    curve,
     diversity_at_equal_quality,
     estimate,
     moved,
@@ -291,3 +292,13 @@ def test_where_the_mix_chooses_what_the_judge_likes_less_there_is_no_best_of_n()
     assert not choosing_helps(quality) and choosing_helps(chosen_quality(scores, scores))
     assert np.isnan(best_of(quality, worse, 0.95)).all()
     assert best_of(chosen_quality(scores, scores), worse, 0.95)[2] < 1
+
+
+def test_the_curve_of_choosing_begins_at_any_and_rises_to_the_best_of_all():
+    scores = np.random.default_rng(1).normal(size=(30, 6))
+    quality, distance = chosen_quality(scores, scores), np.full((30, 11), np.nan)
+    found = curve(quality, distance, None)
+    assert [row["n"] for row in found] == [1, 2, 4, 6]
+    assert found[0]["mean"] == pytest.approx(scores.mean()) and found[-1]["mean"] == pytest.approx(scores.max(1).mean())
+    assert [row["mean"] for row in found] == sorted(row["mean"] for row in found)
+    assert {row["right"] for row in found} == {row["diversity"] for row in found} == {None}, "what is unknown stays so"

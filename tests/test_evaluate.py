@@ -202,5 +202,5 @@ def test_numbers_are_plain_json(finished):
     text = (folder / "manifest.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     size = json.loads(text)["numbers"]["size"]
-    assert size.keys() == {"best_of", "diversity_at_equal_quality", "right", "shift", "visible_change", "noise", "ties"}
+    assert size.keys() == {"best_of", "diversity_at_equal_quality", "right", "shift", "visible_change", "curve", "noise", "ties"}
     assert all(set(size[name]) >= {"value", "low", "high"} for name in ("best_of", "diversity_at_equal_quality", "shift", "visible_change"))

@@ -334,9 +334,12 @@ def as_good_as(found: dict) -> str:
     'only as good as the worst of 1.1 [worst of 1.2, best of 1.5]'
     >>> as_good_as({"value": None, "low": 11.0, "high": None, "most": 16})
     'better than the best of 16 [11.0, more]'
+    >>> as_good_as({"value": 0.98, "low": 0.6, "high": 1.5, "most": 16})
+    'as good as the best of 1.0 [worst of 1.7, best of 1.5]'
     """
-    value = found["value"]
-    head = claims.choice(found) if not value else f"{'only ' if value < 1 else ''}as good as {claims.choice(found)}"
+    head = claims.choice(found)
+    if found["value"]:
+        head = f"{'only ' if 'worst' in head else ''}as good as {head}"
     if not claims.known(found):
         return head
     few = claims.unbounded(found)

@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 EXPERT_COLOURS, ROUND_COLOURS = 7, 6
 MOST_POINTS = 240  # of one curve: more cannot be told apart at this size, and each is bytes
@@ -47,9 +47,14 @@ class Points:
 
 
 def intervals(
-    lines: Sequence[Points], *, y: str, about: str, level: float | None = None, x: str = "round", falling: bool = False
+    lines: Sequence[Points], *, y: str, about: str, level: float | None = None, x: str = "round", falling: bool = False,
+    ticks: Mapping[float, str] | None = None,
 ) -> Markup:
-    """Curves with an interval bar at each point; `level` is where nothing has changed. falling: x runs from high to low."""
+    """Curves with an interval bar at each point; `level` is where nothing has changed. falling: x runs from
+    high to low.
+
+    ticks: y -> what stands there, where y itself is not what is told.
+    """
 
     def draw(axes: Axes) -> None:
         if level is not None:
@@ -64,7 +69,47 @@ def intervals(
         if falling:
             axes.invert_xaxis()
 
-    return _svg(draw, x, y, about)
+    return _svg(draw, x, y, about, ticks)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point with a word beside it; hollow ones are what the others are compared with."""
+
+    colour: str
+    x: float
+    y: float
+    label: str = ""
+    hollow: bool = False
+
+
+def plane(
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], marks: Sequence[Mark], *, x: str, y: str, about: str, costs: bool = False
+) -> Markup:
+    """Points in a plane, and lines (colour, x, y) through some of them. costs: x is a number of calls, told
+    on a scale of doublings.
+    """
+
+    def draw(axes: Axes) -> None:
+        for colour, across, up in lines:
+            axes.plot(across, up, color=_PLACEHOLDERS[colour], linewidth=1.4, alpha=0.7)
+        for mark in marks:
+            colour = _PLACEHOLDERS[mark.colour]
+            axes.plot([mark.x], [mark.y], "o", markersize=5, color=colour,
+                      markerfacecolor=_PLACEHOLDERS["card"] if mark.hollow else colour, zorder=3)
+            axes.annotate(mark.label, (mark.x, mark.y), (5, 4), textcoords="offset points", fontsize=8.5,
+                          color=_PLACEHOLDERS["ink"])
+        axes.margins(0.12)
+        if costs:
+            places = sorted({mark.x for mark in marks})
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(FixedLocator(places))
+            axes.xaxis.set_major_formatter(FixedFormatter([f"{place:g}" for place in places]))
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_TICKS))
+
+    return _svg(draw, x, y, about, inches=(5.2, 3.2))
 
 
 def outlines(values: Sequence[tuple[str, np.ndarray]], *, x: str, y: str, about: str) -> Markup:
@@ -148,14 +193,20 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _svg(draw: Callable[[Axes], None], x: str, y: str, about: str) -> Markup:
-    """An <svg> element of about 250 x 190 units that scales with its column; its text takes the page's font."""
+def _svg(
+    draw: Callable[[Axes], None], x: str, y: str, about: str, ticks: Mapping[float, str] | None = None,
+    inches: tuple[float, float] = (3.5, 2.6),
+) -> Markup:
+    """An <svg> element of 72 units an inch that scales with its column; its text takes the page's font."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(3.5, 2.6), layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.set(xlabel=x, ylabel=y)
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_TICKS))
+        if ticks is None:
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_TICKS))
+        else:
+            axes.set_yticks(list(ticks), list(ticks.values()))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _inline(buffer.getvalue(), about)

@@ -13,7 +13,6 @@ import pyarrow as pa
 from fashiondpo_pipeline import codecs, seeds, statistics
 from fashiondpo_pipeline.pairsets import Numbers, PairSet
 
-METERS = ("brightness", "contrast", "saturation", "sharpness")
 MOST = 2_000  # pairs whose pixels are looked at
 RESAMPLES = 2_000
 FEWEST = 5  # prompts from which on an interval of them is worth its name
@@ -150,7 +149,7 @@ def _pixels(pairs: PairSet, chosen: list[tuple[int, str, int, int]]) -> tuple[di
             picture.thumbnail((512, 512))
             meters[row["group"], row["candidate"]] = statistics.meters(np.asarray(picture))
     found = {}
-    for n, name in enumerate(METERS):
+    for n, name in enumerate(statistics.METERS):
         differences: dict[str, list[float]] = {}
         for _, group, winner, loser in chosen:
             differences.setdefault(group, []).append(meters[group, winner][n] - meters[group, loser][n])
@@ -182,7 +181,7 @@ def sentences(found: dict) -> list[str]:
         if one["low"] is not None and not one["low"] <= 0 <= one["high"] and round(one["mean"], 4):
             more = "more" if one["mean"] > 0 else "less"
             interval = f"{one['mean']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]"
-            lines.append(f"note: winners have {more} {name} than losers, {interval}: training will push it")
+            lines.append(f"note: winners have {more} {name.replace('_', ' ')} than losers, {interval}: training will push it")
     if not pairs:
         return [*lines, "checks: no pair has a winner yet"]
     return lines or [f"checks: nothing strange in {pairs:,} pairs"]

@@ -325,6 +325,29 @@ class Finetune(Section):
         return self
 
 
+class Setting(Section):
+    """A setting of the sampler: what it says is other than held-out pictures are drawn with."""
+
+    guidance: float | None = Field(None, ge=0, description="guidance")
+    steps: int | None = Field(None, ge=1, le=1000, description="denoising steps")
+    eta: float | None = Field(None, ge=0, le=1, description="noise in each step")
+    guidance_rescale: float | None = Field(None, ge=0, le=1, description="share of guidance's contrast taken back")
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """What it says."""
+        return self.model_dump(exclude_none=True)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Setting":
+        if not self.knobs:
+            raise ValueError("says nothing; write {guidance: 1.5}, {steps: 20} or both")
+        return self
+
+
+SETTINGS = [Setting(guidance=1.5, steps=5), Setting(guidance=1.5), Setting(guidance=3.0)]  # for the embedded default's generator
+
+
 class Evaluate(Section):
     """Held-out prompts, drawn by the base and by each round from the same seeds."""
 
@@ -339,7 +362,15 @@ class Evaluate(Section):
     keep: Literal["last", "best"] = Field(
         "last", description="what the next round starts from, and export and generate take: the last round, or the best one without an alarm"
     )
-    bootstrap: int = Field(4000, ge=100, description="resamplings of the prompts for each interval")
+    grid: list[Setting] | None = Field(
+        None, description="settings of the sampler that the base and every round are also drawn with, such as [{guidance: 1.5}, {guidance: 2, "
+        "steps: 20}]: what a setting gives for nothing is no gain of tuning; null: a few for the embedded default's generator, none for "
+        "another, which knows its own"
+    )
+    grid_pictures: int = Field(
+        4, ge=1, le=1000, description="pictures a held-out prompt with each of them; drawn once for the base, and once in every round"
+    )
+    bootstrap: int = Field(4000, ge=100, description="resamplings of the prompts for intervals that no formula gives")
     interval: Annotated[float, Field(gt=0.5, lt=1)] = Field(0.95, description="coverage of each interval")
 
 
@@ -453,6 +484,18 @@ class Config(Section):
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
+
+
+def settings_of(config: Config) -> list[Setting]:
+    """The sampler's settings that are tried beside the one held-out pictures are drawn with, each once."""
+    grid = config.evaluate.grid
+    if grid is None:
+        grid = SETTINGS if config.generator.model == Generator().model else []
+    s, e = config.sample, config.evaluate
+    usual = {"guidance": s.guidance if e.guidance is None else e.guidance, "steps": e.steps or s.steps,
+             "eta": s.eta if e.eta is None else e.eta, "guidance_rescale": s.guidance_rescale}
+    found = {tuple((usual | setting.knobs).items()): setting for setting in reversed(grid) if usual | setting.knobs != usual}
+    return list(reversed(found.values()))
 
 
 def _overlaid(section: Section, own: dict[str, Any]) -> Section:

@@ -3,6 +3,9 @@
 import numpy as np
 
 WHITE = 0.95  # a channel above this is white
+DARK = 0.2  # a luminance below this is dark: black cloth and deep shadow, not navy in daylight
+EDGE = 0.05  # a step of luminance above this is an edge: 13 of 255 levels, more than a decoder's noise makes
+SHADES = 8  # of each channel, that a colour is counted in: 512 colours, so that noise of some levels makes none
 
 
 def luminance(pixels: np.ndarray) -> np.ndarray:
@@ -31,6 +34,34 @@ def edges(pixels: np.ndarray) -> float:
     """Mean absolute luminance difference of neighbours, 0..1."""
     light = luminance(pixels)
     return float((np.abs(np.diff(light, axis=0)).mean() + np.abs(np.diff(light, axis=1)).mean()) / 2)
+
+
+def edge_density(pixels: np.ndarray) -> float:
+    """Share of pixels on an edge, 0..1: whose luminance differs by more than EDGE from that of the pixel to
+    the right or below.
+
+    How high an edge is does not count, as it does for `edges`. No smoothing: stripes of one pixel are edges
+    too.
+    """
+    light = luminance(pixels)
+    across = np.abs(np.diff(light, axis=1, append=light[:, -1:])) > EDGE
+    down = np.abs(np.diff(light, axis=0, append=light[-1:])) > EDGE
+    return float((across | down).mean())
+
+
+def colour_entropy(pixels: np.ndarray) -> float:
+    """Shannon's entropy of a picture's colours in bits, each channel in SHADES shades: 0 (one colour) to 9,
+    or log2 of its pixels.
+    """
+    shades = pixels.astype(np.int64) * SHADES // 256
+    count = np.bincount((shades @ np.array([SHADES**2, SHADES, 1])).ravel())
+    share = count[count > 0] / count.sum()
+    return max(0.0, float(-(share * np.log2(share)).sum()))  # not -0
+
+
+def dark_pixels(pixels: np.ndarray) -> float:
+    """Share of pixels whose luminance is below DARK, 0..1."""
+    return float((luminance(pixels) < DARK).mean())
 
 
 def sharpness(pixels: np.ndarray) -> float:

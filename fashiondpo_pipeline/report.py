@@ -18,8 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from fashiondpo_pipeline import charts, diagnosis, preferences, statistics
-from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Points
+from fashiondpo_pipeline import charts, claims, diagnosis, effect_size, outcomes, preferences, statistics
+from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Mark, Points
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.config import Config
 from fashiondpo_pipeline.diagnosis import Finding
@@ -32,6 +32,7 @@ from fashiondpo_pipeline.seeds import key
 DIVERSITY_FLOOR = 0.9  # of the base's
 MISSING = 0.02  # share of pictures without a score
 THUMBNAIL, PIXELS = 256, 96  # longest side in the page; up to PIXELS a picture is shown as the pixels it has
+LEADING = 24  # pictures that "Before and after" leads with
 RESAMPLES = 1000  # for the intervals of means, which only a chart shows
 
 
@@ -76,6 +77,12 @@ class Round:
         winner, loser = (self.pairs[role].to_numpy() for role in ("winner", "loser"))
         return {name: normal[rows, winner] - normal[rows, loser] for name, normal in everyone.normal.items()}
 
+    @property
+    def size(self) -> dict | None:
+        """The measures of size; None before an evaluation, or where there was nothing to choose the base's pictures by."""
+        size = self.numbers.get("size")
+        return size if size and claims.known(size["best_of"]) else None
+
     @cached_property
     def findings(self) -> list[Finding]:
         """What this round's finetuning gives cause to say, gravest first."""
@@ -94,6 +101,7 @@ class Record:
     base: Grid
     rounds: list[Round]
     missing: list[Missing]
+    right: list[np.ndarray] | None = None  # which of the base's and the last round's are right, (g, k); None: scores only
 
     @property
     def last(self) -> Round:
@@ -124,6 +132,13 @@ class Record:
     def decimals(self) -> dict[str, int]:
         """How many decimals each expert's scores are shown with, and the judge's."""
         return {name: decimals_for(scores) for name, scores in {**self.base.scores, self.judge: self.opinions[0]}.items()}
+
+    @cached_property
+    def outcomes(self) -> np.ndarray:
+        """What became of each held-out picture from the base to the last round, (g, k); see `outcomes`."""
+        if self.right is not None:
+            return outcomes.of_right(*self.right)
+        return outcomes.of_scores(self.opinions[0], self.opinions[-1], self.last.numbers["size"]["noise"] or 0.0)
 
     @cached_property
     def judged_gains(self) -> np.ndarray:
@@ -219,7 +234,7 @@ def _set(text: str) -> str:
     >>> _set("by -1.5, 70.0 % [60.0, 80.0]") == f"by {MINUS}1.5, 70.0{UNBROKEN}%{UNBROKEN}[60.0,{UNBROKEN}80.0]"
     True
     """
-    text = re.sub(r"(?<![\w.])-(?=\d)", MINUS, text)
+    text = re.sub(r"(?<![\w.])-(?=\d)", MINUS, text).replace(" -> ", " → ")
     return re.sub(r"\d %( \[[^]]*\])?", lambda found: found[0].replace(" ", UNBROKEN), text)
 
 
@@ -250,21 +265,132 @@ def judges_number(record: Record) -> str:
     return f"Its score: {about}; higher is better." if about else ""
 
 
+def judge_line(record: Record) -> str:
+    """Who judges, whether it was rewarded, what its score is and how far it can be trusted, in one line."""
+    entry, size = record.config.experts.get(record.judge), record.last.size
+    kind = f" ({entry.use})" if entry is not None and entry.use != record.judge else ""
+    who = (
+        f"The expert {record.judge}{kind}"
+        if record.judge in record.experts
+        else "The mix of the rewarded experts"
+    )
+    stands = "was itself rewarded" if record.last.numbers["judge_rewarded"] else "was not rewarded"
+    noise = size["noise"] if size else None
+    sentences = (
+        f"{who} judges, and {stands}.",
+        judges_number(record),
+        f"Its own noise is {figure(noise, 2)}: scores no further apart count as a tie." if noise else "",
+    )
+    return " ".join(filter(None, sentences))
+
+
 def headline(record: Record) -> tuple[str, str]:
     """(good, bad or open; the result in a few words)."""
-    rate = record.last.numbers["against_base"]
-    if rate["low"] > 0.5:
-        return "good", "Better than the base"
-    return ("bad", "Worse than the base") if rate["high"] < 0.5 else ("open", "No clear difference from the base")
+    size = record.last.size
+    if size is None:
+        rate = record.last.numbers["against_base"]
+        if rate["low"] > 0.5:
+            return "good", "Preferred to the base"
+        return (
+            ("bad", "The base is preferred")
+            if rate["high"] < 0.5
+            else ("open", "No clear difference from the base")
+        )
+    tone = claims.direction(size["best_of"])
+    if tone == "open":
+        return tone, "No clear difference from the base"
+    text = _set(f"One picture of the tuned model is {effect_size.as_good_as(size['best_of'])} of the base")
+    free = record.last.numbers["base_by_setting"]["reaches"]
+    if free is None:
+        return tone, text
+    usual = next(line for line in record.last.numbers["sampler"] if line["usual"])
+    return "open", f"{text}, and so is one of the base with {effect_size.setting_in_words(free, usual)}"
+
+
+def measures(record: Record) -> list[tuple[str, str, str]]:
+    """(name, figure with interval, what it means) of each measure of size beside the best-of-n equivalent, of
+    the last round.
+    """
+    size = record.last.size
+    if size is None:
+        return []
+    right = size["right"]
+    gain = (
+        [
+            ("share right", claims.right_share(right), claims.points(right["change"])),
+            (
+                "mended, broken",
+                f"{right['mended']:,}, {right['broken']:,}",
+                f"of {_count(right['pictures'], 'held-out picture')}",
+            ),
+        ]
+        if right
+        else [
+            ("mean of the judge", claims.signed(size["shift"]), "standard deviations of the base's pictures")
+        ]
+    )
+    kept, moved = size["diversity_at_equal_quality"], size["visible_change"]
+    every = [
+        *gain,
+        (
+            "diversity at equal quality",
+            claims.plain(kept),
+            "over that of the base's pictures chosen to be as good",
+        ),
+        (
+            "visible change",
+            claims.plain(moved),
+            "distance to the base's picture of the same seed, over that between two seeds",
+        ),
+    ]
+    return [(name, _set(value), _set(about)) for name, value, about in every]
 
 
 def verdict(record: Record) -> str:
-    """The result of the last round as a sentence."""
-    numbers = record.last.numbers
-    text = (f"After {_count(record.last.number, 'round')} {judge_in_words(record)} prefers the tuned model's picture in "
-            f"{percent(numbers['against_base'])} of {_count(numbers['pictures'], 'held-out picture')}")
+    """How often the judge prefers the last round, as a sentence."""
+    numbers, size = record.last.numbers, record.last.size
+    text = (
+        f"After {_count(record.last.number, 'round')} {judge_in_words(record)} prefers the tuned model's picture in "
+        f"{percent(numbers['against_base'])} of {_count(numbers['pictures'], 'held-out picture')}"
+    )
+    ties = (
+        f"; {100 * size['ties']:.0f}{UNBROKEN}% are ties within its own noise"
+        if size and size["ties"] is not None
+        else ""
+    )
     ratio = diversity_ratio(record.last)
-    return text + (f", diversity {ratio:.2f} of the base's." if ratio is not None else ".")
+    return text + ties + (f", diversity {ratio:.2f} of the base's." if ratio is not None else ".")
+
+
+def gauge(best_of: dict) -> dict[str, float]:
+    """Places in per cent on a scale from the worst to the best of all, 1 in its middle, each doubling as
+    long: low, value, high.
+    """
+    return dict(
+        zip(
+            ("low", "at", "high"),
+            (100 * (0.5 + place / (2 * _reach(best_of))) for place in _doublings(best_of)),
+            strict=True,
+        )
+    )
+
+
+def _reach(best_of: dict) -> float:
+    """How many doublings from 1 to all that there is to choose from."""
+    return max(float(np.log2(best_of["most"])), 1.0)
+
+
+def _doublings(best_of: dict) -> list[float]:
+    """Low, value and high of a best-of-n equivalent as doublings of 1, at the scale's end where they are
+    beyond it.
+    """
+    ends = (
+        best_of["low"] or 0.0,
+        np.inf if best_of["value"] is None else best_of["value"],
+        np.inf if best_of["high"] is None else best_of["high"],
+    )
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log2(ends), -_reach(best_of), _reach(best_of)).tolist()
 
 
 def diversity_ratio(done: Round) -> float | None:
@@ -307,7 +433,7 @@ def described(finding: Finding) -> str:
 
 def warnings(record: Record) -> list[str]:
     """Everything that looks off, in plain words; empty where nothing does."""
-    checks = (_control, _judge_is_rewarded, _reward_without_gain, _step_back, _narrower, _pairs_against_watched, _training,
+    checks = (_control, _judge_is_rewarded, _size, _reward_without_gain, _step_back, _narrower, _pairs_against_watched, _training,
               _silence, _groups_without, _reliability, _little_evidence)
     return [sentence for check in checks for sentence in check(record)]
 
@@ -322,6 +448,10 @@ def _judge_is_rewarded(record: Record) -> list[str]:
         return []
     return [f"{_capital(judge_in_words(record))} is itself what was rewarded: a high win rate shows that the reward went up, "
             "not that pictures got better. Set evaluate.judge to an expert without a weight in pair.weights."]
+
+
+def _size(record: Record) -> list[str]:
+    return [described(finding) for finding in diagnosis.of_size(record.last.numbers, record.last.knobs)]
 
 
 def _reward_without_gain(record: Record) -> list[str]:
@@ -457,6 +587,33 @@ def chosen_pairs(done: Round, most: int) -> tuple[list[int], list[int]]:
     return widest, [row for row in narrowest if row not in widest]
 
 
+def leading(record: Record) -> list[outcomes.Shown]:
+    """The held-out pictures that stand first: by key, in the shares of what became of them."""
+    return outcomes.chosen(record.outcomes, record.base.groups.to_pylist(), LEADING, record.config.seed)
+
+
+def outcome_names(record: Record) -> dict[int, str]:
+    """What outcomes are called: mended, broken, unchanged; where the judge has scores only, better, worse,
+    alike.
+    """
+    return outcomes.SCORED if record.right is None else outcomes.RIGHT
+
+
+def outcomes_in_words(record: Record) -> str:
+    """How many pictures there are of each outcome, and how many of each are shown, as sentences."""
+    names, occur = outcome_names(record), outcomes.counts(record.outcomes)
+    total, places = sum(occur.values()), outcomes.allotted(occur, LEADING)
+    every = _listed([f"{count:,} {names[outcome]}" for outcome, count in occur.items()]).replace(
+        " ", " are ", 1
+    )
+    unseen = [names[outcome] for outcome, count in occur.items() if count and not places[outcome]]
+    rare = f"; so few are {_listed(unseen)} that none is among them" if unseen else ""
+    return (
+        f"Of {_count(total, 'held-out picture')} {every}. Shown are {sum(places.values())} of them in these shares, "
+        f"drawn by key from the run's seed{rare}."
+    )
+
+
 @dataclass(frozen=True)
 class Thumbnail:
     """A picture as the page holds it."""
@@ -501,6 +658,42 @@ def before_and_after(record: Record, rows: list[int], prompts: dict[str, str], p
          "draws": [_draw(record, number, row, names[row], found) for number, found in pictures.items()]}
         for row in rows
     ]
+
+
+def leading_cards(
+    record: Record, shown: list[outcomes.Shown], prompts: dict[str, str], base: Pictures, after: Pictures
+) -> list[dict]:
+    """For each picture that stands first: both models' of its seed, what became of it, and the judge's
+    scores.
+    """
+    names, words = record.base.groups.to_pylist(), outcome_names(record)
+    cards = []
+    for one in shown:
+        name = names[one.row]
+        sides = [
+            {
+                "role": role,
+                "picture": pictures[name, one.number],
+                "score": float(record.opinions[at][one.row, one.number]),
+                "right": _right_in_words(record, at, one),
+            }
+            for role, pictures, at in (("base", base, 0), ("tuned", after, -1))
+        ]
+        cards.append(
+            {
+                "prompt": prompts[name],
+                "outcome": words[one.outcome],
+                "tone": {1: "good", -1: "bad"}.get(one.outcome, ""),
+                "sides": sides,
+            }
+        )
+    return cards
+
+
+def _right_in_words(record: Record, at: int, one: outcomes.Shown) -> str:
+    if record.right is None:
+        return ""
+    return "right" if record.right[at][one.row, one.number] else "wrong"
 
 
 def _draw(record: Record, number: int, row: int, name: str, pictures: Pictures) -> dict:
@@ -563,6 +756,168 @@ def win_rate_chart(record: Record) -> Markup:
         middle, low, high = ([100 * rate[part] for rate in rates] for part in ("win_rate", "low", "high"))
         lines.append(Points(colour_of(record, name), places, middle, low, high, hollow=name not in record.last.rewarded))
     return charts.intervals(lines, y="win rate over the base, %", level=50, about="Win rate over the base by round")
+
+
+def size_charts(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of each measure of size with its interval, round by round; empty where there are none."""
+    sizes = {r.number: r.size for r in record.rounds if r.size}
+    if not sizes:
+        return []
+
+    def chart(name: str, level: float | None, y: str, caption: str) -> tuple[str, Markup]:
+        values = [(number, size[name], 1.0) for number, size in sizes.items()]
+        return caption, _estimates(values, y, level, f"{name.replace('_', ' ')} by round")
+
+    return [
+        (
+            "Best-of-n equivalent: of how many pictures of the base the best is as good as one; dashed: any.",
+            _best_of_chart(sizes),
+        ),
+        _right_chart(sizes)
+        or chart(
+            "shift",
+            0.0,
+            "SD of the base",
+            "Mean of the judge over the base's, in standard deviations of the base.",
+        ),
+        chart(
+            "diversity_at_equal_quality",
+            1.0,
+            "ratio",
+            "Diversity over that of the base's pictures chosen to be as good; dashed: choosing is worth as much.",
+        ),
+        chart(
+            "visible_change",
+            None,
+            "ratio",
+            "Visible change: distance to the base's picture of the same seed, over that between two seeds.",
+        ),
+    ]
+
+
+def _right_chart(sizes: dict[int, dict]) -> tuple[str, Markup] | None:
+    rights = {number: size["right"] for number, size in sizes.items() if size["right"]}
+    if not rights:
+        return None
+    base = 100 * next(iter(rights.values()))["base"]["value"]
+    values = [(number, right["after"], 100.0) for number, right in rights.items()]
+    return (
+        f"Held-out pictures that are right; dashed: the base's, {base:.1f} %.",
+        _estimates(values, "right, %", base, "Share right by round"),
+    )
+
+
+def _estimates(values: list[tuple[int, dict, float]], y: str, level: float | None, about: str) -> Markup:
+    """Estimates (round, estimate, unit) with their intervals; one without an end is drawn to its value."""
+    known = [(number, unit, one) for number, one, unit in values if one["value"] is not None]
+    middle = [unit * one["value"] for _, unit, one in known]
+    low, high = (
+        [unit * (one["value"] if one[end] is None else one[end]) for _, unit, one in known]
+        for end in ("low", "high")
+    )
+    return charts.intervals(
+        [Points("ink", [number for number, *_ in known], middle, low, high)], y=y, level=level, about=about
+    )
+
+
+def _best_of_chart(sizes: dict[int, dict]) -> Markup:
+    """On a scale of doublings, from the worst of all to the best of all."""
+    low, middle, high = zip(*(_doublings(size["best_of"]) for size in sizes.values()), strict=True)
+    furthest = max(2, int(np.ceil(max(map(abs, (*low, *high))))))
+    ticks = {
+        float(at): f"best of {2**at}" if at > 0 else f"worst of {2**-at}" if at else "any"
+        for at in range(-furthest, furthest + 1)
+    }
+    least = min(0, int(np.floor(min(low))))
+    return charts.intervals(
+        [Points("ink", list(sizes), middle, low, high)],
+        y="as good as",
+        level=0.0,
+        about="Best-of-n equivalent by round",
+        ticks={at: word for at, word in ticks.items() if at >= least},
+    )
+
+
+def _quality(record: Record, rows: Sequence[dict]) -> tuple[str, list[float | None]]:
+    """(what it is, values): shares right in per cent where all have one, else the judge's means."""
+    if all(row["right"] is not None for row in rows):
+        return "right, %", [100 * row["right"] for row in rows]
+    return f"mean {record.judge}", [row["mean"] for row in rows]
+
+
+def sampler_chart(record: Record) -> Markup | None:
+    """Quality against forwards a picture: base and tuned model at each setting of the grid, and the best of
+    each for so many forwards.
+    """
+    rows = record.last.numbers["sampler"]
+    if all(row["usual"] for row in rows):
+        return None
+    y, quality = _quality(record, rows)
+    lines, marks = [], []
+    for role, colour in (("base", "muted"), ("after", "good")):
+        own = [
+            (row["forwards"], value, row["guidance"])
+            for row, value in zip(rows, quality, strict=True)
+            if row["role"] == role and value is not None
+        ]
+        own.sort(key=lambda point: (point[0], -point[1]))
+        best = [point for n, point in enumerate(own) if all(point[1] > before for _, before, _ in own[:n])]
+        lines.append((colour, [forwards for forwards, *_ in best], [value for _, value, _ in best]))
+        marks += [
+            Mark(colour, *point[:2], f"{point[2]:g}" if point in best else "", hollow=role == "base")
+            for point in own
+        ]
+    return charts.plane(
+        lines,
+        marks,
+        x="forwards a picture",
+        y=y,
+        costs=True,
+        about="Quality against forwards of base and tuned model",
+    )
+
+
+def trade_off_chart(record: Record) -> Markup | None:
+    """Quality against diversity: the base's best of n as a line, each round a point; None where no curve was
+    measured.
+    """
+    curve = [] if record.last.size is None else record.last.size["curve"]
+    if all(row["diversity"] is None for row in curve):
+        return None
+    rounds = [r for r in record.rounds if r.size and _point(r)["diversity"] is not None]
+    y, quality = _quality(record, [*curve, *map(_point, rounds)])
+    chosen = zip(curve, quality, strict=False)  # the rounds' follow
+    line = [
+        (row["diversity"], value, row["n"])
+        for row, value in chosen
+        if row["diversity"] is not None and value is not None
+    ]
+    marks = [
+        Mark("muted", x, value, f"best of {n:g}" if n > 1 else "base", hollow=True) for x, value, n in line
+    ]
+    colours = round_colours(record)
+    marks += [
+        Mark(colours.get(r.number, "ink"), _point(r)["diversity"], value, f"round {r.number}")
+        for r, value in zip(rounds, quality[len(curve) :], strict=True)
+        if value is not None
+    ]
+    return charts.plane(
+        [("muted", [x for x, *_ in line], [value for _, value, _ in line])],
+        marks,
+        x="diversity within a prompt",
+        y=y,
+        about="Quality against diversity: the base's best of n, and each round",
+    )
+
+
+def _point(done: Round) -> dict:
+    """A round as the base's curve has its points."""
+    right, judge = (done.size or {}).get("right"), done.numbers["judge"]
+    return {
+        "mean": done.numbers["experts"][judge]["after"],
+        "right": right["after"]["value"] if right else None,
+        "diversity": done.numbers["diversity"]["after"],
+    }
 
 
 def rise_charts(record: Record) -> dict[str, Markup]:

@@ -83,6 +83,15 @@ SCORES_WITH_REPLIES = SCORES.append(
     pa.field("reply", pa.string(), metadata={"about": "what the model answered, cut at 2,000 characters; null: no answer"})
 )
 
+SCORES_WITH_RIGHT = SCORES.append(
+    pa.field("right", pa.bool_(), metadata={"about": "whether what was asked for is the expert's own first choice; null: no score"})
+)
+
+
+def scores_of(expert: object) -> pa.Schema:
+    """The table of an expert's scores: some give a raw reply with each, some whether the picture is right."""
+    return SCORES_WITH_REPLIES if getattr(expert, "replies", False) else SCORES_WITH_RIGHT if getattr(expert, "classifies", False) else SCORES
+
 
 def pairs(experts: list[str]) -> pa.Schema:
     """One row is one preference; a gap column for each rewarded expert."""
@@ -163,5 +172,8 @@ METERS = _schema(
     ("contrast", pa.float32(), "standard deviation of luminance, 0..1"),
     ("saturation", pa.float32(), "mean of (max-min)/max over pixels, 0..1"),
     ("sharpness", pa.float32(), "mean absolute luminance difference of neighbours, 0..1"),
+    ("edge_density", pa.float32(), "share of pixels on an edge, 0..1"),
+    ("colour_entropy", pa.float32(), "entropy of the colours, 0..9 bits"),
+    ("dark_pixels", pa.float32(), "share of pixels of a luminance below 0.2, 0..1"),
     about="one row is one picture's pixel statistics, watched for drift",
 )

@@ -264,6 +264,8 @@ def check_expert(expert: Expert, rows: list[dict], device: str = "cpu", prepared
         assert inside, f"score {score} is outside the declared range {expert.range}"
         assert not math.isinf(score), "an infinite score: give (nan, reason) where there is none"
         assert not math.isnan(score) or _reason(opinion), "NaN without a reason: give (nan, reason)"
+        assert math.isnan(score) or not getattr(expert, "classifies", False) or (isinstance(opinion, tuple) and type(opinion[-1]) is bool), (
+            "it classifies, but does not say whether a picture is right: give (score, None, True or False)")
     steady = not getattr(expert, "stochastic", False)
     if steady:
         again = expert(rows)

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from fashiondpo_pipeline import devices, diagnosis, experts, memory, panel
 from fashiondpo_pipeline.checkpoints import Source, lora_identity, open_source
-from fashiondpo_pipeline.config import Config, Pair
+from fashiondpo_pipeline.config import Config, Pair, Setting, settings_of
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts import recorded
@@ -30,30 +30,58 @@ from fashiondpo_pipeline.pairsets import PairSet
 from fashiondpo_pipeline.processes import Processes, alone, rank
 from fashiondpo_pipeline.prompts import HELD_OUT, TRAIN, Prompts, open_splits
 from fashiondpo_pipeline.registry import OBJECTIVES
-from fashiondpo_pipeline.statistics import FEW
 from fashiondpo_pipeline.terms import check_fits_candidates, check_fits_pictures
 from fashiondpo_pipeline.workspace import Output, Run, Step, read_sealed
 from stages.naming import written
 
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
-VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 2, "latents": 2, "adopt": 2}
+VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 3, "latents": 2, "adopt": 2,
+            "disturb": 1}
 COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; they import torch
+DISTURBED = 128  # pictures by which the judge's noise is measured
 SHARED = ("encode", "sample", "embed", "score", "finetune", "latents")  # stages in which several processes each do a share
 
 
 @dataclass(frozen=True)
+class Aside:
+    """Pictures beside the held-out draws, and what some experts say of them."""
+
+    sample: Step
+    embeddings: dict[str, Step]
+    scores: dict[str, Step]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [self.sample, *self.embeddings.values(), *self.scores.values()]
+
+    def roles(self, role: str) -> dict[str, Step]:
+        """What `evaluate` reads of it, by role."""
+        return roles_of(role, self.sample, self.embeddings, self.scores)
+
+
+def roles_of(role: str, sample: Step, embeddings: dict[str, Step], scores: dict[str, Step]) -> dict[str, Step]:
+    """Pictures, their embeddings and scores as inputs of `evaluate`."""
+    return {role: sample, **{f"{role}-embed-{i}": step for i, step in enumerate(embeddings.values())},
+            **{f"{role}-score-{name}": step for name, step in scores.items()}}
+
+
+@dataclass(frozen=True)
 class Watched:
-    """Held-out draws and their scores: all there is of round 0, the base."""
+    """Held-out draws and their scores: all there is of round 0, the base. Aside: the same prompts under each of the sampler's other
+    settings, and for the base its pictures disturbed, by which the judge's noise is measured."""
 
     number: int
     held_out: Step
     held_out_embeddings: dict[str, Step]
     held_out_scores: dict[str, Step]
+    settings: list[Aside] = field(default_factory=list, kw_only=True)
+    disturbed: Aside | None = field(default=None, kw_only=True)
 
     @property
     def watching(self) -> list[Step]:
-        return [self.held_out, *self.held_out_embeddings.values(), *self.held_out_scores.values()]
+        aside = [*([self.disturbed] if self.disturbed else []), *self.settings]
+        return [self.held_out, *self.held_out_embeddings.values(), *self.held_out_scores.values(), *(step for one in aside for step in one.steps)]
 
 
 @dataclass(frozen=True)
@@ -387,8 +415,7 @@ class _Builder:
                     OBJECTIVES.check(name)
             if own.sample.candidates < 2:
                 raise UserError("sample.candidates is 1: a preference needs at least 2 candidates a prompt; raise it")
-        judges = [self.config.evaluate.judge] if self.config.evaluate.judge else [n for n, w in self.config.pair.weights.items() if w > 0]
-        absent = [name for name in judges if name not in self.held_out_experts]
+        absent = [name for name in self.judges if name not in self.held_out_experts]
         if absent:
             raise UserError(f"evaluate.judge: '{absent[0]}' is not asked about held-out draws; name one of {', '.join(self.held_out_experts)}")
 
@@ -408,9 +435,38 @@ class _Builder:
         return cache(self.session.source.drawn_anew)
 
     def base(self, prepared: dict[str, Step]) -> Watched:
-        held_out = self.draw(0, HELD_OUT, None)
-        embeddings = self.embed(held_out)
-        return Watched(0, held_out, embeddings, self.scores(held_out, embeddings, prepared))
+        base = self.watched(0, None, prepared)
+        config = {"seed": self.config.seed, "candidates": self.disturbed_pictures}
+        sample = Step("disturb", "held-out-sample-disturbed", 0, VERSIONS["disturb"], config, {"sample": base.held_out},
+                      args={"split": HELD_OUT, "label": "-disturbed"})
+        return replace(base, disturbed=self.aside(sample, self.judges, prepared))
+
+    @property
+    def rewarded(self) -> list[str]:
+        """The experts that any round rewards."""
+        weights = [self.config.of_round(number).pair.weights for number in (0, *self.config.by_round)]
+        return list(dict.fromkeys(name for each in weights for name, weight in each.items() if weight > 0))
+
+    @property
+    def judges(self) -> list[str]:
+        """The judge; the rewarded experts where their mix judges."""
+        return [self.config.evaluate.judge] if self.config.evaluate.judge else self.rewarded
+
+    @property
+    def disturbed_pictures(self) -> int:
+        """Pictures a held-out prompt by which the judge's noise is measured: DISTURBED in all, as far as there are so many."""
+        return min(self.config.evaluate.pictures, -(-DISTURBED // len(self.session.prompts[HELD_OUT])))
+
+    def aside(self, sample: Step, names: Collection[str], prepared: dict[str, Step]) -> Aside:
+        """Pictures with what these experts say of them."""
+        embeddings = self.embed(sample, names)
+        return Aside(sample, embeddings, self.scores(sample, embeddings, prepared, names))
+
+    def tried(self, number: int, finetune: Step | None, prepared: dict[str, Step]) -> list[Aside]:
+        """Held-out prompts under each of the sampler's other settings, before the judge and the rewarded experts."""
+        towered = [name for name in self.config.experts if getattr(self.session.make(name), "tower", None)][:1]  # for diversity
+        names = [name for name in self.config.experts if name in {*self.judges, *self.rewarded, *towered} and name in self.held_out_experts]
+        return [self.aside(self.draw(number, HELD_OUT, finetune, setting), names, prepared) for setting in settings_of(self.config)]
 
     def encoding(self) -> Step:
         """One step for every prompt of the run, both splits; its readers name model, prompts and negative prompt in their own claims."""
@@ -467,13 +523,15 @@ class _Builder:
         return Round(**vars(after), sample=latents, embeddings={}, scores={}, pair=pair, finetune=finetune, evaluate=evaluate,
                      negative=trained(True) if knobs.negative else None)
 
-    def watched(self, number: int, finetune: Step, prepared: dict[str, Step]) -> Watched:
-        """A round's held-out draws and their scores."""
+    def watched(self, number: int, finetune: Step | None, prepared: dict[str, Step]) -> Watched:
+        """A round's held-out draws and their scores; the base's where nothing was finetuned."""
         held_out = self.draw(number, HELD_OUT, finetune)
         embeddings = self.embed(held_out)
-        return Watched(number, held_out, embeddings, self.scores(held_out, embeddings, prepared))
+        return Watched(number, held_out, embeddings, self.scores(held_out, embeddings, prepared),
+                       settings=self.tried(number, finetune, prepared))
 
-    def draw(self, number: int, split: str, adapter: Step | None) -> Step:
+    def draw(self, number: int, split: str, adapter: Step | None, setting: Setting | None = None) -> Step:
+        """A split's pictures; of held-out prompts under one of the sampler's other settings, fewer."""
         held_out = split == HELD_OUT
         s, e = (self.config if held_out else self.config.of_round(number)).sample, self.config.evaluate
         config = {
@@ -488,12 +546,16 @@ class _Builder:
             "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile,
             **({} if held_out else {"save": s.save, "path": s.path, "predictions": s.predictions}), **self.generator,
         }
+        label = ""
+        if setting:
+            config |= {"candidates": e.grid_pictures, **setting.knobs}
+            label = "".join(f"-{name.replace('_', '-')}-{value:g}" for name, value in setting.knobs.items())
         version = VERSIONS["sample"] + self.drawn_anew(config["steps"])
         return Step(
-            "sample", "held-out-sample" if held_out else "sample", number, version, config,
+            "sample", f"held-out-sample{label}" if held_out else "sample", number, version, config,
             {"encode": self.encode, **({"adapter": adapter} if adapter else {})},
             {"generator": self.session.generator_identity, "prompts": self.session.prompts[split].identity},
-            {"split": split},
+            {"split": split, "label": label},
         )
 
     def prepare(self, name: str) -> Step:
@@ -521,18 +583,18 @@ class _Builder:
             self._towers[tower] = Tower(*tower).identity()
         return self._towers[tower]
 
-    def embed(self, sample: Step) -> dict[str, Step]:
-        """One step for each tower that any expert reads: tower's identity -> step."""
+    def embed(self, sample: Step, names: Collection[str] | None = None) -> dict[str, Step]:
+        """One step for each tower that any of these experts (None: any at all) reads: tower's identity -> step."""
         found = {}
-        for name in self.config.experts:
+        for name in self.config.experts if names is None else names:
             tower = getattr(self.session.make(name), "tower", None)
             if not tower:
                 continue
             identity = self.tower_identity(tuple(tower))
             label = Path(tower[0].rpartition(":")[2]).name
             prefix = "held-out-" if sample.name.startswith("held-out") else ""
-            found[identity] = Step("embed", f"{prefix}embed-{label}", sample.round, VERSIONS["embed"], {}, {"sample": sample},
-                                   {"tower": identity}, {"tower": tower})
+            found[identity] = Step("embed", f"{prefix}embed-{label}{sample.args['label']}", sample.round, VERSIONS["embed"], {},
+                                   {"sample": sample}, {"tower": identity}, {"tower": tower, "label": sample.args["label"]})
         return found
 
     @property
@@ -540,10 +602,12 @@ class _Builder:
         """Those who are asked about held-out draws: all but people."""
         return [name for name in self.config.experts if getattr(self.session.make(name), "held_out", True)]
 
-    def scores(self, sample: Step, embeddings: dict[str, Step], prepared: dict[str, Step]) -> dict[str, Step]:
-        prefix = "held-out-" if sample.name.startswith("held-out") else ""
+    def scores(self, sample: Step, embeddings: dict[str, Step], prepared: dict[str, Step],
+               names: Collection[str] | None = None) -> dict[str, Step]:
+        """One step for each of these experts; None: for each who is asked about such pictures."""
+        prefix, label = "held-out-" if sample.name.startswith("held-out") else "", sample.args["label"]
         found = {}
-        for name in self.held_out_experts if prefix else self.config.experts:
+        for name in names if names is not None else self.held_out_experts if prefix else self.config.experts:
             config, inputs, files = self._expert(name)
             if getattr(self.session.make(name), "stochastic", False) and not prefix:
                 config["repeat"] = self.config.score.repeat
@@ -552,8 +616,8 @@ class _Builder:
                 inputs["embed"] = embeddings[files["tower"]]
             if name in prepared:
                 inputs["prepared"] = prepared[name]
-            step = Step("score", f"{prefix}score-{name}", sample.round, VERSIONS["score"], config, inputs, files,
-                        {"expert": name, "split": HELD_OUT if prefix else TRAIN})
+            step = Step("score", f"{prefix}score-{name}{label}", sample.round, VERSIONS["score"], config, inputs, files,
+                        {"expert": name, "split": HELD_OUT if prefix else TRAIN, "label": label})
             grows = getattr(self.session.make(name), "grows", ())
             found[name] = self.as_scored(step, grows) if grows and sample.round != self.asked_again else step
         return found
@@ -597,11 +661,12 @@ class _Builder:
     def evaluate(self, base: Watched, before: Watched, after: Watched, section: Pair, inputs: dict[str, Step]) -> Step:
         e = self.config.evaluate
         config = {"judge": e.judge, "bootstrap": e.bootstrap, "interval": e.interval, "seed": self.config.seed,
-                  "weights": section.weights, "experts": self.held_out_experts}
-        if len(self.session.prompts[HELD_OUT]) < FEW:
-            config["few"] = True  # such intervals were too narrow once: those results are not these
+                  "weights": section.weights, "normalise": section.normalise, "over": section.over, "experts": self.held_out_experts}
+        assert base.disturbed
+        inputs = inputs | base.disturbed.roles("disturbed")
         for role, r in (("base", base), ("before", before), ("after", after)):
-            inputs = inputs | {role: r.held_out}
-            inputs |= {f"{role}-embed-{i}": step for i, step in enumerate(r.held_out_embeddings.values())}
-            inputs |= {f"{role}-score-{name}": step for name, step in r.held_out_scores.items()}
+            inputs |= roles_of(role, r.held_out, r.held_out_embeddings, r.held_out_scores)
+        for role, r in (("base", base), ("after", after)):
+            for number, aside in enumerate(r.settings):
+                inputs |= aside.roles(f"{role}-setting-{number}")
         return Step("evaluate", "evaluate", after.number, VERSIONS["evaluate"], config, inputs)

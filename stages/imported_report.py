@@ -12,7 +12,7 @@ from fashiondpo_pipeline.report import Record, thumbnail
 from fashiondpo_pipeline.workspace import Output, write_page
 from stages import Round, Session
 from stages.encode import sampled_of
-from stages.report import grid_of, thumbnails
+from stages.report import grid_of, right_of_both, thumbnails
 
 
 def write(session: Session, r: Round) -> Path:
@@ -26,12 +26,22 @@ def write(session: Session, r: Round) -> Path:
         "imported.html.j2", record=record, report=report, evaluated=evaluated, title=f"Imported pairs, round {r.number} of {session.config.name}",
         source=manifest.get("source", ""), counts=pairsets.in_words(pairs), dropped=manifest.get("dropped", {}), notes=formats.notes(pairs),
         checks=checks.sentences(found), bias=found["bias"], looked=found.get("looked", 0), trained=finetune.manifest["numbers"],
-        cautions=[report.described(one) for one in diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], record.last.steps, evaluated)],
+        cautions=[report.described(one) for one in _cautions(session, r, record, finetune, evaluated)],
         cards=_cards(pairs, record.last.pairs, session.config.report.pairs), **_looks(session, r, record, evaluated),
     )
     path = session.run.root / f"imported-{r.finetune.fingerprint}.html"
     write_page(path, text)
     return path
+
+
+def _cautions(session: Session, r: Round, record: Record, finetune: Output, evaluated: dict | None) -> list[diagnosis.Finding]:
+    """What gives cause to doubt the round, and what its measures of size say; an alarm of its pictures too.
+    """
+    found = diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], record.last.steps, evaluated)
+    if evaluated is None:
+        return found
+    size = diagnosis.of_size(evaluated, r.finetune.config)
+    return [*diagnosis.of_round(r.number, evaluated, session.config.evaluate.drift), *found, *size]
 
 
 def _record(session: Session, r: Round, finetune: Output, evaluated: dict | None) -> Record:
@@ -50,7 +60,8 @@ def _record(session: Session, r: Round, finetune: Output, evaluated: dict | None
         finetune.table("columns") if finetune.shards("columns") else None,
         r.finetune.config | {name: numbers[name] for name in ("signals", "heeds") if name in numbers}, sampled_of(r.finetune)["steps"],
     )
-    return Record(session.config, base, [done], [])
+    right = right_of_both(session, r.evaluate, base) if evaluated is not None else None
+    return Record(session.config, base, [done], [], right)
 
 
 def _cards(pairs: PairSet, table: pa.Table, most: int) -> list[dict]:
@@ -68,10 +79,12 @@ def _cards(pairs: PairSet, table: pa.Table, most: int) -> list[dict]:
 def _looks(session: Session, r: Round, record: Record, evaluated: dict | None) -> dict:
     """The held-out prompts that are shown before and after; none before there is an evaluation."""
     if evaluated is None:
-        return {"rows": [], "grids": []}
-    rows, names = report.chosen_prompts(record), record.base.groups.to_pylist()
+        return {"rows": [], "grids": [], "leading": []}
+    rows, leading, names = report.chosen_prompts(record), report.leading(record), record.base.groups.to_pylist()
     prompts: dict[str, str] = {}
     wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
+    wanted |= {(names[one.row], one.number) for one in leading}
     # the page numbers its draws: 0 is the base, 1 the only round that is shown
     draws = {number: thumbnails(session.output(step), wanted, prompts) for number, step in ((0, r.evaluate.inputs["base"]), (1, r.held_out))}
-    return {"rows": rows, "grids": report.before_and_after(record, rows, prompts, draws)}
+    return {"leading": report.leading_cards(record, leading, prompts, draws[0], draws[1]),
+            "rows": rows, "grids": report.before_and_after(record, rows, prompts, draws)}

@@ -20,6 +20,7 @@ from fashiondpo_pipeline.views import Found
 from fashiondpo_pipeline.workspace import Output, Step, replace_text, without_pandas
 from stages import Round, Session
 from stages.naming import command_for
+from stages.rounds import in_words
 from stages.single import imported, last, most_rounds, number_of, saved_pairs, section_of
 
 SHOWN = 20  # rows in the terminal, groups or pairs on a sheet, unless --limit says otherwise
@@ -76,6 +77,9 @@ def run(session: Session, asked: Question, number: int | None, pairs: str | None
     for kind, path in files.items():  # before printing, which a pager may cut short
         session.say(f"wrote {path}: {_sheet(shelf, found, path) if kind == 'html' else _export(shelf, found, kind, path)}")
     _print(shelf, found)
+    r = shelf.round
+    if asked.held_out and r.number and session.run.done(r.evaluate):
+        session.say(f"round {r.number}: {in_words(session.output(r.evaluate).manifest['numbers'], r.before)}")
 
 
 def _check(asked: Question, files: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fashiondpo_pipeline import memory, panel, schemas, seeds
+from fashiondpo_pipeline import memory, panel, schemas, seeds, statistics
 from fashiondpo_pipeline.checkpoints import Source, Unreachable
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.embedded import locate
@@ -23,7 +23,7 @@ from fashiondpo_pipeline.experts.tower import LOCAL
 from fashiondpo_pipeline.objectives import signals_of
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.terms import terms_of
-from fashiondpo_pipeline.timesteps import in_window, saved_steps
+from fashiondpo_pipeline.timesteps import branches_at, in_window, saved_steps
 from fashiondpo_pipeline.workspace import MANY, WHOLE, Step, packed_size, read_json, write_sealed
 from stages import Chain, Session
 from stages.naming import command_for
@@ -117,7 +117,7 @@ class Costs:
         """Rows of the step's first table; pairs at most."""
         if step.stage == "encode":
             return len(self._prompts(step))
-        if step.stage == "sample":
+        if step.stage in ("sample", "disturb"):
             return len(self.session.prompts[step.args["split"]]) * step.config["candidates"]
         if step.stage in ("embed", "score"):
             return self.rows(step.inputs["sample"])
@@ -157,9 +157,7 @@ class Costs:
 
     def branches(self, sampled: dict, number: int) -> int:
         """Branches that one step of a walk computes."""
-        low, high = sampled["guidance_interval"]
-        acts = sampled["guidance"] != 1 and low <= number / max(sampled["steps"] - 1, 1) <= high
-        return getattr(self.session._generator, "branches", 2) if acts else 1
+        return branches_at(sampled, number, getattr(self.session._generator, "branches", 2))
 
     def _trained(self, step: Step) -> tuple[int, int]:
         """(rows with a backward pass, rows without) of a finetuning."""
@@ -230,6 +228,9 @@ class Costs:
 
         return self._shards(self._prompts(step), A_SHARD, pack, "encode")
 
+    def _bytes_of_disturb(self, step: Step) -> int:
+        return self._bytes_of_sample(replace(step, config=step.inputs["sample"].config | step.config))
+
     def _bytes_of_sample(self, step: Step) -> int:
         knobs, rows, each = step.config, self.session.prompts[step.args["split"]].rows, self.config.machine.shard
         shape = self.session._generator.latent_shape
@@ -253,7 +254,7 @@ class Costs:
         return self._shards(rows, each, pack, "sample", knobs) + self._whole("candidates", rows, each, candidates)
 
     def _bytes_of_embed(self, step: Step) -> int:
-        width = self.probed.widths[step.name] if self.probed else _width(step.args["tower"])
+        width = self.probed.widths[kind_of(step)] if self.probed else _width(step.args["tower"])
 
         def pack(some: list[dict]) -> int:
             vectors = _numbers(len(some) * step.inputs["sample"].config["candidates"], width).astype(np.float32)
@@ -263,11 +264,13 @@ class Costs:
 
     def _bytes_of_score(self, step: Step) -> int:
         def table(some: list[dict]) -> pa.Table:
-            keys = self._keys(some, step)
-            return pa.table([*keys, _numbers(len(keys[0])), pa.nulls(len(keys[0]), pa.string())], schema=schemas.SCORES)
+            keys, schema = self._keys(some, step), schemas.scores_of(self.session.make(step.args["expert"]))
+            count = len(keys[0])
+            more = [pa.array(_numbers(count) > 0) if field.type == pa.bool_() else pa.nulls(count, field.type) for field in list(schema)[4:]]
+            return pa.table([*keys, _numbers(count), pa.nulls(count, pa.string()), *more], schema=schema)
 
         rows, each = self._drawn(step), self.config.machine.shard
-        kind = self._shards(rows, each, lambda some: packed_size(table(some)), "score", step.inputs["sample"].config)
+        kind = self._shards(rows, each, lambda some: packed_size(table(some)), "score", step.args["expert"], step.inputs["sample"].config)
         return kind + self._whole("scores", rows, each, table)
 
     def _bytes_of_pair(self, step: Step) -> int:
@@ -321,7 +324,7 @@ class Costs:
 
         def pack(some: list[dict]) -> int:
             keys = self._keys(some, step, after)
-            return packed_size(pa.table([*keys, *_numbers(len(keys[0]), 4).astype(np.float32).T], schema=schemas.METERS))
+            return packed_size(pa.table([*keys, *_numbers(len(keys[0]), len(statistics.METERS)).astype(np.float32).T], schema=schemas.METERS))
 
         rows = self.session.prompts[after.args["split"]].rows
         return self._shards(rows, len(rows), pack, "evaluate", after.config["candidates"])
@@ -341,13 +344,13 @@ class Costs:
         """By what a probe measured; None for what takes none to speak of."""
         probed, step = self.probed, line.step
         assert probed is not None
-        load = probed.loading.get(step.name, 0.0)
+        load = probed.loading.get(kind_of(step), 0.0)
         if step.stage == "encode":
             return load + line.rows * probed.encoding
         if step.stage == "sample":
             return load + self._full(step) * (line.forwards * probed.drawing + line.rows * probed.picturing)
         if step.stage in ("embed", "score"):
-            return load + line.rows * probed.looking[step.name]
+            return load + line.rows * probed.looking[kind_of(step)]
         if step.stage == "finetune":
             passed, asked = self._trained(step)
             return passed * probed.training + asked * probed.asking + line.rows * probed.updating
@@ -361,6 +364,11 @@ class Costs:
         shards = [min(each, prompts - start) * k for start in range(0, prompts, each)]
         tiles = sum(math.ceil(min(in_flight, rows - start) / tile) for rows in shards for start in range(0, rows, in_flight))
         return tiles * tile / sum(shards)
+
+
+def kind_of(step: Step) -> str:
+    """A step's name without what tells apart steps that cost alike."""
+    return step.name.removesuffix(step.args.get("label", ""))
 
 
 def knobs_of(step: Step) -> Finetune:

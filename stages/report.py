@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -14,6 +15,7 @@ from fashiondpo_pipeline.preferences import Rule
 from fashiondpo_pipeline.report import Missing, Pictures, Record, Round, thumbnail
 from fashiondpo_pipeline.workspace import Output, Step, write_json, write_page
 from stages import STAGES, Chain, Session
+from stages.evaluate import right_of
 from stages.naming import command_for
 
 
@@ -34,10 +36,21 @@ def write(session: Session, chain: Chain) -> Path:
 def read(session: Session, chain: Chain) -> Record:
     """What the report's figures are made from."""
     base, *rounds = chain.rounds
+    grid, made = grid_of(session, base.held_out, base.held_out_scores), [_round(session, r) for r in rounds]
     return Record(
-        session.config, grid_of(session, base.held_out, base.held_out_scores), [_round(session, r) for r in rounds],
+        session.config, grid, made,
         [missing for step in chain.steps if step.stage == "score" for missing in _missing(session.output(step), step)],
+        right_of_both(session, chain.rounds[-1].evaluate, grid),
     )
+
+
+def right_of_both(session: Session, evaluate: Step, grid: Grid) -> list[np.ndarray] | None:
+    """Which held-out pictures of the base and of a round are right, as `Record` has it; None where the judge does not classify."""
+    name = session.output(evaluate).manifest["numbers"]["judge"]
+    steps = [evaluate.inputs.get(f"{role}-score-{name}") for role in ("base", "after")]
+    found = [right_of(session.output(step), grid, name) for step in steps if step is not None]
+    known = [one for one in found if one is not None]
+    return known if len(known) == 2 else None
 
 
 def _round(session: Session, r) -> Round:
@@ -75,9 +88,10 @@ def _missing(out: Output, step: Step) -> list[Missing]:
 
 def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     """The parts of the page that show pictures: prompts before and after, widest and narrowest pairs."""
-    rows = report.chosen_prompts(record)
+    rows, leading = report.chosen_prompts(record), report.leading(record)
     names = record.base.groups.to_pylist()
     wanted = {(names[row], i) for row in rows for i in range(min(record.config.report.pictures, record.base.k))}
+    wanted |= {(names[one.row], one.number) for one in leading}
     draws: dict[int, Any] = {}
     prompts: dict[str, str] = {}
     for number in (0, *(r.number for r in record.shown)):
@@ -88,6 +102,7 @@ def _pictures(session: Session, chain: Chain, record: Record) -> dict:
     wanted = {(pair["group"], pair[role]) for pair in pairs for role in ("winner", "loser")}
     candidates = thumbnails(session.output(chain.rounds[-1].sample), wanted, prompts)
     return {
+        "leading": report.leading_cards(record, leading, prompts, draws[0], draws[record.last.number]),
         "rows": rows, "grids": report.before_and_after(record, rows, prompts, draws),
         "widest": report.pair_cards(record, widest, prompts, candidates),
         "narrowest": report.pair_cards(record, narrowest, prompts, candidates),

@@ -1,6 +1,6 @@
 """`fdpo round`: brings a run to n rounds, says what it finds done, and ends with the table, the report and the adapter."""
 
-from fashiondpo_pipeline import diagnosis, panel
+from fashiondpo_pipeline import diagnosis, effect_size, panel
 from fashiondpo_pipeline.statistics import percent
 from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step
@@ -38,7 +38,8 @@ def run(session: Session, n: int | None) -> None:
     found = {r.number: session.output(r.evaluate).manifest["numbers"] for r in chain.rounds[1:]}
     judge, drift = session.config.evaluate.judge or "mix", session.config.evaluate.drift
     last = session.output(chain.rounds[-1].finetune)
-    for finding in diagnosis.of_evidence(last.manifest["numbers"]["pairs"], last.table("steps"), found[n]):
+    evidence = diagnosis.of_evidence(last.manifest["numbers"]["pairs"], last.table("steps"), found[n])
+    for finding in [*evidence, *diagnosis.of_size(found[n], chain.rounds[n].finetune.config)]:
         session.say(f"{finding.level}  {finding.sentence}")
     for alarm in diagnosis.of_rounds(found, drift):
         session.say(f"alarm    {alarm.sentence}")
@@ -89,32 +90,46 @@ def seconds_by_stage(session: Session, chain: Chain, number: int) -> dict[str, f
 def in_words(numbers: dict, before: int) -> str:
     """One round's result as a sentence. before: the round it went on from, 0 for the base."""
     base, previous = numbers["against_base"], numbers["against_previous"]
-    text = f"{numbers['judge']} prefers it to the base in {percent(base)}"
+    text = f"{numbers['judge']} prefers it to the base in {percent(base)}" + (f" ({100 * base['ties']:.0f} % ties)" if base["ties"] else "")
     if before:
         text += f", to round {before} in {percent(previous)}"
-    if numbers["diversity"]["after"] is not None and numbers["diversity"]["base"]:
-        text += f" · diversity {numbers['diversity']['after'] / numbers['diversity']['base']:.2f} of the base's"
-    return text
+    return " · ".join([*effect_size.in_words(numbers["size"]), text])
 
 
 def _table(session: Session, chain: Chain) -> None:
-    """Round by round: who wins, what each expert says, and how long each stage took."""
+    """Round by round: how much was gained, what each expert says, and how long each stage took."""
     experts = list(session.output(chain.rounds[-1].evaluate).manifest["numbers"]["experts"])
     results, times = [], []
     for r in chain.rounds[1:]:
         numbers = session.output(r.evaluate).manifest["numbers"]
+        size = numbers["size"]
         if r.number == 1:
-            results.append(["base", "", *_figures(numbers, experts, "base"), ""])
-        results.append([f"round {r.number}", percent(numbers["against_base"]), *_figures(numbers, experts, "after"), f"{numbers['pairs']:,}"])
+            right = f"{100 * size['right']['base']['value']:.1f} %" if size["right"] else ""
+            results.append(["base", "1", right, "1.00", "0.00", "", *_figures(numbers, experts, "base"), ""])
+        results.append([f"round {r.number}", *_sizes(size), percent(numbers["against_base"]), *_figures(numbers, experts, "after"),
+                        f"{numbers['pairs']:,}"])
         times.append([f"round {r.number}", *(f"{s:.1f}" for s in seconds_by_stage(session, chain, r.number).values())])
     heads = [name if session.config.pair.weights.get(name) else f"{name} (watched)" for name in experts]
-    show("held-out prompts, same seeds: win rate over the base, means", ["", "win rate", *heads, "diversity", "pairs"], results)
+    columns = ["", "as best of", "right" if size["right"] else "mean, sd of base", "diversity at equal quality", "visible change", "win rate"]
+    show("held-out prompts, same seeds: one picture is as good as the best of n of the base; means", [*columns, *heads, "diversity", "pairs"],
+         results)
     show("seconds", ["", "sample", "score", "pair", "finetune", "evaluate"], times)
+
+
+def _sizes(size: dict) -> list[str]:
+    """A round's measures of size as cells of the table."""
+    right = f"{100 * size['right']['after']['value']:.1f} %" if size["right"] else _figure(size["shift"]["value"], "+.2f")
+    worth = size["best_of"]
+    unbounded = "-" if worth["low"] is None else f"> {worth['most']}"
+    ends = ", ".join("more" if worth[end] is None else f"{worth[end]:.2f}" for end in ("low", "high"))
+    value = unbounded if worth["value"] is None else f"{worth['value']:.2f}"
+    return [value if worth["low"] is None else f"{value} [{ends}]", right,
+            _figure(size["diversity_at_equal_quality"]["value"], ".2f"), _figure(size["visible_change"]["value"], ".2f")]
 
 
 def _figures(numbers: dict, experts: list[str], role: str) -> list[str]:
     return [*(_figure(numbers["experts"][name][role]) for name in experts), _figure(numbers["diversity"][role])]
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _figure(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)

@@ -14,7 +14,7 @@ from fashiondpo_pipeline import codecs, schemas, seeds
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.generators.diffusers_model import check_answer
 from fashiondpo_pipeline.sampling import Trajectory, sample
-from fashiondpo_pipeline.timesteps import saved_steps
+from fashiondpo_pipeline.timesteps import forwards, saved_steps
 from fashiondpo_pipeline.training import out_of_memory
 from fashiondpo_pipeline.workspace import Output, Step
 from stages.encode import guidance_of
@@ -91,7 +91,7 @@ def run(session, step: Step, out: Output) -> None:
     generator.let_go("vae")
     session.wait()
     if session.first:
-        _finish(session, step, out, save)
+        _finish(session, step, out, save, getattr(generator, "branches", 2))
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def fitting(step: Step, advice: str) -> Iterator[None]:
         raise UserError(f"round {step.round} {step.name}: memory ran out ({gist}): {advice}") from problem
 
 
-def _finish(session, step: Step, out: Output, save: list[int]) -> None:
+def _finish(session, step: Step, out: Output, save: list[int], branches: int) -> None:
     faults = [fault for fault in out.table("candidates", ["fault"])["fault"].to_pylist() if fault]
     total = len(session.prompts[step.args["split"]]) * step.config["candidates"]
     if len(faults) == total:
@@ -118,7 +118,8 @@ def _finish(session, step: Step, out: Output, save: list[int]) -> None:
                         + (whole if step.config["dtype"] == "float32" else half))
     if faults:
         session.say(f"round {step.round}: {len(faults)} of {total} pictures are broken and take no part ({faults[0]})")
-    out.finish({"candidates": total, "faults": len(faults), "saved_steps": save, "denoiser_rows": total * step.config["steps"]})
+    out.finish({"candidates": total, "faults": len(faults), "saved_steps": save, "denoiser_rows": total * step.config["steps"],
+                "forwards": forwards(step.config, branches)})
 
 
 def _decode(generator, x_0: torch.Tensor, tile: int) -> tuple[np.ndarray, np.ndarray]:

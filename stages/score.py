@@ -23,7 +23,7 @@ class Shard:
 
     number: int
     rows: list[dict]
-    answers: list[tuple]  # (score, reason), and the raw reply of an expert that gives one
+    answers: list[tuple]  # (score, reason), and a third entry of an expert that gives one
     due: int
     again: dict[int, tuple] = field(default_factory=dict)  # row -> the second answer, where it was asked twice
 
@@ -37,7 +37,7 @@ def run(session, step: Step, out: Output) -> None:
     if hasattr(expert, "expect"):
         expert.expect(list(prompts.values()))
     about = described(expert, step)
-    schema = schemas.SCORES_WITH_REPLIES if getattr(expert, "replies", False) else schemas.SCORES
+    schema = schemas.scores_of(expert)
     read = Reader(expert, candidates, out.input("embed") if "embed" in step.inputs else None, prompts)
     twice = chosen(prompts, step.config["repeat"]) if step.config.get("repeat") else set()
     shards_answered = answered(expert, read, todo, session.config.machine.batch, twice)
@@ -68,8 +68,8 @@ def _table(schema: pa.Schema, rows: list[dict], answers: list[tuple]) -> pa.Tabl
         "group": [row["group"] for row in rows], "candidate": [row["candidate"] for row in rows],
         "score": [answer[0] for answer in answers], "reason": [answer[1] for answer in answers],
     }
-    if "reply" in schema.names:
-        columns["reply"] = [answer[2] if len(answer) > 2 else None for answer in answers]
+    for name in schema.names[len(columns):]:  # reply, or right
+        columns[name] = [answer[2] if len(answer) > 2 else None for answer in answers]
     return pa.table(columns, schema=schema)
 
 

@@ -58,7 +58,8 @@ def run(session: Session, stage: str, number: int | None, pairs: str | None) -> 
     elif stage == "evaluate":
         numbers, finetune = session.output(steps[-1]).manifest["numbers"], session.output(chain.rounds[number].finetune)
         session.say(f"round {number}: {in_words(numbers, r.before)}")
-        for finding in diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], finetune.table("steps"), numbers):
+        evidence = diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], finetune.table("steps"), numbers)
+        for finding in [*evidence, *diagnosis.of_size(numbers, r.finetune.config)]:
             session.say(f"round {number}: {finding.level}: {finding.sentence}")
     else:
         numbers = session.output(steps[-1]).manifest["numbers"] if stage == "pair" else {}

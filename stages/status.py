@@ -13,6 +13,7 @@ from fashiondpo_pipeline.terminal import show, size
 from fashiondpo_pipeline.workspace import Step, read_json, read_sealed
 from stages import Chain, Session, trained
 from stages import verify as check
+from stages.rounds import in_words
 from stages.single import most_rounds
 
 
@@ -34,6 +35,7 @@ def run(session: Session, verify: bool, repair: bool) -> None:
     if wrong:
         raise wrong
     if not verify:
+        _gained(session, chain)
         _next(session, chain, states)
 
 
@@ -104,6 +106,13 @@ def _next(session: Session, chain: Chain, states: list[str]) -> None:
         session.say(f"next: {session.command('generate', session.prompts[HELD_OUT].rows[0]['prompt'], '--round', session.kept(chain))}")
     else:
         session.say(f"next: {session.command('round')}")
+
+
+def _gained(session: Session, chain: Chain) -> None:
+    """Say how much each round gained that was evaluated."""
+    for r in chain.rounds[1:][-SHOWN:]:
+        if session.run.done(r.evaluate):
+            session.say(f"round {r.number}: {in_words(session.output(r.evaluate).manifest['numbers'], r.before)}")
 
 
 def _state(root: Path, step: Step, there: There) -> str:

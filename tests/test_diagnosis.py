@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fashiondpo_pipeline import diagnosis
 from fashiondpo_pipeline.diagnosis import Finding, best_in_words, best_round, interval, of_rounds, of_training, shifts, worst_first
+from fashiondpo_pipeline.effect_size import base_by_setting
 from fashiondpo_pipeline.timesteps import in_window
 
 LN_2 = math.log(2)
@@ -326,11 +327,12 @@ def rate(win_rate, low, high):
     return {"win_rate": win_rate, "low": low, "high": high}
 
 
-def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5) -> dict:
+def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5, best_of=(3.4, 2.9, 4.1), shift=0.5) -> dict:
     """What `evaluate` says of a round: saturation 0.4 +- 0.1 and diversity 0.5 +- 0.2 in the base."""
     rates = {"clip": (clip, True), "judge": (judge, False), "watcher": (watcher, False)}
     return {
         "experts": {name: {"rewarded": rewarded, "against_base": rate(*found)} for name, (found, rewarded) in rates.items()},
+        "size": {"best_of": dict(zip(("value", "low", "high", "most"), (*best_of, 16), strict=True)), "shift": {"value": shift}},
         "meters": {"saturation": {"base": 0.4, "after": saturation, "spread": 0.1}},
         "diversity": {"base": 0.5, "before": 0.5, "after": diversity, "spread": 0.2},
     }
@@ -385,34 +387,69 @@ def test_what_was_not_measured_or_does_not_vary_has_no_shift():
     assert of_rounds({1: found}) == []
 
 
+def structure(base, after, spread, name="edge_density") -> dict:
+    return numbers() | {"meters": {name: {"base": base, "after": after, "spread": spread}}}
+
+
+def test_structure_that_is_gone_is_an_alarm_however_much_the_base_varies_in_it():
+    (alarm,) = of_rounds({2: structure(0.2, 0.08, 0.15)})
+    assert alarm.level == "alarm"
+    assert alarm.what == "round 2: pictures lost structure: edge density fell by 60 %, from 0.2 to 0.08"
+    assert of_rounds({2: structure(0.2, 0.08, 0.15)}, drift=None) == []
+    assert len(of_rounds({2: structure(4.0, 1.9, 9.0, "colour_entropy")})) == 1
+    assert best_round({1: structure(0.2, 0.08, 0.15)}, "judge") == 0
+
+
+@pytest.mark.parametrize(("after", "count"), [(0.101, 0), (0.099, 1)])
+def test_half_of_the_structure_may_go(after, count):
+    assert len(of_rounds({1: structure(0.2, after, 0.15)})) == count
+
+
+def test_what_drift_tells_already_is_told_once_and_what_is_no_structure_may_halve():
+    (alarm,) = of_rounds({1: structure(0.2, 0.08, 0.05)})
+    assert "edge density by -2.4" in alarm.what and "lost structure" not in alarm.what
+    assert of_rounds({1: structure(0.2, 0.08, 0.15, "dark_pixels")}) == []
+    assert of_rounds({1: structure(0.0, 0.0, 0.0)}) == of_rounds({1: structure(None, None, None)}) == []
+
+
 # -- the round to keep
 
 
-def test_the_round_with_the_highest_win_rate_is_kept():
-    assert best_round({1: numbers(), 2: numbers(judge=(0.9, 0.8, 0.95)), 3: numbers(judge=(0.8, 0.7, 0.9))}, "judge") == 2
+NO_MIX = (None, None, None)  # nobody rewarded is asked about held-out draws: nothing to choose the base's pictures by
+
+
+def test_the_round_with_the_highest_mean_is_kept_whatever_the_win_rates():
+    rounds = {1: numbers(judge=(0.9, 0.8, 0.95)), 2: numbers(judge=OPEN, shift=0.9), 3: numbers(judge=(0.8, 0.7, 0.9), shift=0.7)}
+    assert best_round(rounds, "judge") == 2
 
 
 def test_of_equal_rounds_the_earlier_is_kept_in_whatever_order_they_come():
-    assert best_round({3: numbers(), 2: numbers(), 1: numbers(judge=OPEN)}, "judge") == 2
+    assert best_round({3: numbers(), 2: numbers(), 1: numbers(best_of=(1.1, 0.9, 1.3))}, "judge") == 2
 
 
 def test_a_round_with_an_alarm_is_not_kept_however_high():
-    rounds = {1: numbers(), 2: numbers(judge=(0.9, 0.8, 0.95), saturation=0.9)}
+    rounds = {1: numbers(), 2: numbers(shift=0.9, saturation=0.9)}
     assert best_round(rounds, "judge") == 1
     assert best_round(rounds, "judge", drift=None) == 2
-    assert best_in_words(rounds, "judge") == ("Round 1 is the one to keep: judge prefers it to the base in 70.0 % [60.0, 80.0]; "
-                                              "not counting round 2, which raised an alarm.")
+    assert best_in_words(rounds, "judge") == ("Round 1 is the one to keep: by judge one picture of it is as good as the best of 3.4 [2.9, 4.1] "
+                                              "of the base; not counting round 2, which raised an alarm.")
 
 
-@pytest.mark.parametrize(("low", "best"), [(0.5, 0), (0.501, 1)])
-def test_the_base_is_kept_unless_an_interval_lies_wholly_above_one_half(low, best):
-    assert best_round({1: numbers(judge=(0.6, low, 0.7))}, "judge") == best
+@pytest.mark.parametrize(("low", "best"), [(1.0, 0), (1.01, 1), (0.0, 0)])
+def test_the_base_is_kept_unless_an_equivalent_lies_wholly_above_one(low, best):
+    """However often a difference of nothing is won: a win rate of 90 % alone keeps no round."""
+    assert best_round({1: numbers(judge=(0.9, 0.8, 0.95), best_of=(1.2, low, 1.4))}, "judge") == best
+
+
+def test_more_than_can_be_told_is_above_one():
+    assert best_round({1: numbers(best_of=(None, 9.0, None))}, "judge") == 1
+    assert "better than the best of 16 [9.0, more] of the base" in best_in_words({1: numbers(best_of=(None, 9.0, None))}, "judge")
 
 
 def test_the_base_is_kept_in_words_where_no_round_beats_it():
-    sentence = "The base is the one to keep: no round beats it by judge, with an interval wholly above one half"
-    assert best_in_words({1: numbers(judge=OPEN)}, "judge") == sentence + "."
-    found = {1: numbers(judge=DOWN), 2: numbers(judge=DOWN, saturation=0.9)}
+    sentence = "The base is the one to keep: no round beats it by judge, with an interval wholly above the best of 1"
+    assert best_in_words({1: numbers(best_of=(1.1, 0.9, 1.3))}, "judge") == sentence + "."
+    found = {number: numbers(best_of=(0.5, 0.4, 0.7), saturation=0.9) for number in (1, 2)}
     assert best_in_words(found, "judge") == sentence + "; not counting rounds 1, 2, which raised an alarm."
 
 
@@ -420,9 +457,11 @@ def test_no_round_at_all_keeps_the_base():
     assert best_round({}, "judge") == 0
 
 
-def test_another_judge_keeps_another_round():
-    rounds = {1: numbers(judge=(0.9, 0.8, 0.95)), 2: numbers(watcher=(0.9, 0.8, 0.95))}
-    assert (best_round(rounds, "judge"), best_round(rounds, "watcher")) == (1, 2)
+@pytest.mark.parametrize(("low", "best"), [(0.5, 0), (0.501, 1)])
+def test_where_there_is_nothing_to_choose_by_the_win_rate_decides(low, best):
+    found = {1: numbers(judge=(0.6, low, 0.7), best_of=NO_MIX), 2: numbers(judge=OPEN, watcher=UP, best_of=NO_MIX)}
+    assert best_round(found, "judge") == best and best_round(found, "watcher") == 2
+    assert best != 1 or best_in_words(found, "judge").endswith("judge prefers it to the base in 60.0 % [50.1, 70.0].")
 
 
 # -- how much there is to go by
@@ -462,3 +501,135 @@ def test_a_gain_that_finetuning_did_not_learn_is_told_with_both_figures():
     assert finding.what == ("judge prefers the round to the base in 85.9 % [70.0, 95.0], but finetuning told its pairs apart no better than chance "
                             "(50.5 %)")
     assert diagnosis.of_evidence(100, steps, evaluated(low=0.4)) == [], "nothing is claimed, so nothing is doubted"
+
+
+# -- how much was gained
+
+def span(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
+def size(best=(3.4, 2.9, 4.1), diversity=(1.02, 0.97, 1.07), moved=0.4, ties=0.1) -> dict:
+    """What is as it should be but for what is given."""
+    return {"best_of": span(*best) | {"most": 16}, "diversity_at_equal_quality": span(*diversity), "visible_change": span(moved, 0.0, 1.0),
+            "right": None, "shift": span(0.3, 0.2, 0.4), "noise": 0.02, "ties": ties, "curve": [{"n": 1, "mean": -0.5}, {"n": 16, "mean": -0.1}]}
+
+
+def line(role, guidance, steps, forwards, mean, right) -> dict:
+    return {"role": role, "usual": (guidance, steps) == (1.0, 10), "guidance": guidance, "steps": steps, "eta": 1.0, "guidance_rescale": 0.0,
+            "forwards": forwards, "mean": mean, "rewarded": mean, "right": right, "diversity": 0.1, "pictures": 640}
+
+
+LINES = [line("base", 1.0, 10, 10, -0.5, 0.845), line("after", 1.0, 10, 10, -0.3, 0.93), line("base", 1.5, 10, 20, -0.4, 0.90),
+         line("after", 1.5, 10, 20, -0.25, 0.95), line("base", 1.0, 20, 20, -0.45, 0.86)]
+
+
+def of_size(found=None, lines=(), prompts=40, **knobs) -> list[tuple[str, str]]:
+    found = {"prompts": prompts, "judge": "judge", "size": size() if found is None else found, "sampler": list(lines),
+             "base_by_setting": base_by_setting(list(lines))}
+    return [(finding.level, finding.sentence) for finding in diagnosis.of_size(found, knobs)]
+
+
+def test_a_round_that_gained_calls_for_no_remark():
+    assert of_size(lines=LINES) == of_size() == []
+
+
+def test_a_policy_that_hardly_moved_is_told_with_both_figures_and_what_to_turn():
+    (found,) = of_size(size(best=(1.2, 1.1, 1.3), moved=0.04), beta=2000.0, learning_rate=6e-4)
+    assert found == ("warning", "the policy hardly moved (visible change 0.04, best of 1.2): lower finetune.beta (2000 now) or raise "
+                                "finetune.learning_rate (0.0006 now)")
+    assert of_size(size(best=(1.2, 1.1, 1.3), moved=0.04))[0][1].endswith("lower finetune.beta or raise finetune.learning_rate")
+    assert "worst of 1.2" in of_size(size(best=(1 / 1.2, 0.7, 1.1), moved=0.04))[0][1]
+
+
+@pytest.mark.parametrize(("best", "moved", "told"), [
+    ((1.49, 1.1, 1.6), 0.099, True), ((1.51, 1.1, 1.6), 0.099, False), ((1.49, 1.1, 1.6), 0.101, False), ((None, 9.0, None), 0.05, False),
+    ((1.2, 1.1, 1.3), None, False),
+])
+def test_to_have_hardly_moved_is_to_have_changed_little_and_gained_little(best, moved, told):
+    assert any("hardly moved" in sentence for _, sentence in of_size(size(best=best, moved=moved))) == told
+
+
+def test_pictures_that_changed_and_got_no_better_are_told():
+    (found,) = of_size(size(best=(1.1, 0.8, 1.5), moved=0.4))
+    assert found[0] == "warning" and found[1].startswith(
+        "pictures changed (visible change 0.40) and are not shown to be better: one of its pictures is as good as "
+        "the best of 1.1 [worst of 1.2, best of 1.5] of the base:")
+    assert of_size(size(best=(1.1, 1.01, 1.5), moved=0.4)) == []
+
+
+def test_diversity_paid_for_nothing_is_an_interval_wholly_below_what_choosing_keeps():
+    (found,) = of_size(size(diversity=(0.85, 0.8, 0.9)))
+    assert found[0] == "warning" and found[1].startswith(
+        "diversity was paid for nothing: pictures chosen from the base's are as good (the best of 3.4) and keep more, of which the tuned "
+        "model has 0.85 [0.80, 0.90]: raise finetune.beta")
+    assert of_size(size(diversity=(0.97, 0.9, 1.0))) == of_size(size(diversity=(None, None, None))) == []
+    assert len(of_size(size(diversity=(0.97, 0.9, 0.999)))) == 1
+
+
+def test_a_win_rate_that_is_mostly_ties_is_told():
+    assert of_size(size(ties=0.62)) == [("note", "62 % of the pictures score like the base's within the judge's own noise (0.02): they count "
+                                                 "as ties; how much was gained is the best-of-n equivalent, not the win rate")]
+    assert of_size(size(ties=0.5)) == of_size(size(ties=None)) == []
+
+
+def test_a_setting_of_the_sampler_that_gives_the_base_as_much_is_told_the_cheapest_first():
+    more = [line("base", 3.0, 10, 20, -0.2, 0.96), line("base", 3.0, 20, 40, -0.1, 0.97)]
+    (found,) = of_size(lines=[*LINES, *more])
+    assert found == ("warning", "guidance 3 gives the base as much: 96.0 % right against 93.0 %, with 20 forwards a picture against 10: "
+                                "set sample.guidance: 3, and tune from there: what is left then is what tuning adds")
+    cheaper = [line("base", 1.5, 5, 10, -0.29, 0.931)]
+    assert of_size(lines=[*LINES, *more, *cheaper])[0][1].startswith(
+        "guidance 1.5, 5 steps gives the base as much: 93.1 % right against 93.0 %, with as many forwards: set sample.guidance: 1.5 and "
+        "sample.steps: 5, and")
+
+
+def test_where_the_judge_does_not_classify_a_setting_is_told_by_its_mean():
+    lines = [one | {"right": None} for one in [*LINES, line("base", 3.0, 10, 20, -0.2, None)]]
+    assert "guidance 3 gives the base as much: mean -0.2 against -0.3, with 20 forwards a picture against 10" in of_size(lines=lines)[0][1]
+
+
+def test_a_setting_below_the_tuned_model_or_of_the_tuned_model_itself_gives_the_base_nothing():
+    assert of_size(lines=LINES) == []
+    lost = [one | ({"mean": -0.6} if one["role"] == "after" else {}) for one in LINES]
+    assert of_size(lines=lost) == [], "what did not gain is not had elsewhere"
+
+
+def test_a_base_that_is_not_at_its_best_for_its_forwards_is_noted():
+    ((level, sentence),) = of_size(lines=[*LINES, line("base", 1.5, 5, 10, -0.42, 0.9)])
+    assert (level, sentence) == ("note", "the base draws better with guidance 1.5, 5 steps at no more forwards: 90.0 % right against "
+                                         "84.5 %, with as many forwards: set sample.guidance: 1.5 and sample.steps: 5: part of what tuning "
+                                         "gains here is had for nothing")
+    assert of_size(lines=[*LINES, line("base", 1.5, 5, 10, -0.49, 0.85)]) == [], "within the judge's own noise"
+
+
+def test_of_fewer_than_five_prompts_nothing_is_said_of_size():
+    wrong = size(best=(0.4, 0.3, 0.5), diversity=(0.5, 0.4, 0.6), moved=0.01, ties=0.9)
+    assert of_size(wrong, prompts=4) == []
+    assert diagnosis.of_round(1, numbers(best_of=(0.4, 0.0, None))) == []
+
+
+def test_a_round_below_the_base_is_an_alarm_and_not_kept():
+    found = numbers(best_of=(0.5, 0.4, 0.8))
+    (alarm,) = of_rounds({2: found})
+    assert alarm.level == "alarm"
+    assert alarm.what == "round 2 is below the base: one of its pictures is only as good as the worst of 2.0 [1.2, 2.5] of the base"
+    assert best_round({2: found}, "judge") == 0
+    (beyond,) = of_rounds({2: numbers(best_of=(0.0, 0.0, 0.1))})
+    assert "one of its pictures is worse than the worst of 16 [10.0, more] of the base" in beyond.what
+    assert of_rounds({2: numbers(best_of=(0.8, 0.6, 1.0))}) == [] == of_rounds({2: numbers(best_of=NO_MIX)})
+
+
+def test_a_reward_whose_own_choice_the_judge_likes_less_is_told():
+    wrong = size(best=(None, None, None), diversity=(None, None, None)) | {"curve": [{"n": 1, "mean": -0.5}, {"n": 16, "mean": -0.7}]}
+    ((level, sentence),) = of_size(wrong)
+    assert level == "warning" and sentence.startswith(
+        "judge finds the pictures of the base that the reward likes best no better than any (mean -0.7 against -0.5), so that there is no "
+        "best-of-n equivalent: what is rewarded is not what it sees")
+    assert of_size(size() | {"curve": [{"n": 1, "mean": -0.5}]}) == []
+
+
+def test_no_finding_of_size_appears_with_another():
+    """Each of these is one thing that went wrong, and one sentence."""
+    wrong = [size(best=(1.2, 1.1, 1.3), moved=0.04), size(best=(1.1, 0.8, 1.5)), size(diversity=(0.85, 0.8, 0.9)), size(ties=0.62)]
+    assert [len(of_size(one, LINES)) for one in wrong] == [1, 1, 1, 1]

@@ -154,9 +154,24 @@ def test_clip_image_compares_with_the_prompts_own_reference_where_it_has_one(tin
 def test_a_classifier_gives_the_log_probability_of_the_label_asked_for(tiny_classifier, rows):
     expert = loaded(Classifier(str(tiny_classifier), "{colour}"))
     assert expert.needs == ("picture", "colour") and expert.files() == {"model": tiny_classifier}
-    share = [math.exp(loaded(Classifier(str(tiny_classifier), label))(rows[:1])[0]) for label in COLOURS[:3]]
+    asked = [loaded(Classifier(str(tiny_classifier), label))(rows[:1])[0] for label in COLOURS[:3]]
+    share = [math.exp(score) for score, _, _ in asked]
     assert sum(share) == pytest.approx(1)
-    assert expert(rows)[0] == pytest.approx(math.log(share[0]))
+    assert expert(rows)[0][0] == pytest.approx(math.log(share[0]))
+
+
+def test_a_picture_is_right_where_the_classifiers_own_first_choice_was_asked_for(tiny_classifier, rows):
+    asked = [loaded(Classifier(str(tiny_classifier), label))(rows[:3]) for label in COLOURS[:3]]  # label, picture
+    scores = np.array([[opinion[0] for opinion in of_label] for of_label in asked])
+    assert [[opinion[2] for opinion in of_label] for of_label in asked] == (scores == scores.max(0)).tolist()
+
+
+def test_the_contract_asks_a_classifier_whether_each_picture_is_right(rows):
+    class Silent(testing.Brightness):
+        classifies = True
+
+    with pytest.raises(AssertionError, match="classifies"):
+        testing.check_expert(Silent(), rows)
 
 
 def test_a_label_the_classifier_does_not_know_is_no_score(tiny_classifier, rows):

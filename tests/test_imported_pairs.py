@@ -41,7 +41,8 @@ def test_one_command_trains_on_a_pick_a_pic_file_and_evaluates_on_the_runs_promp
                                            "bright prefers it to the base", "What was learnt from", "Before and after"))
     shown = re.findall(r'<img src="data:image/[a-z]+;base64,([^"]+)"', text)
     run = session(*DPO[1::2])
-    pictures = 2 * 2 + 2 * run.config.evaluate.pictures * len(run.prompts["held-out"])  # of both pairs; of base and round
+    drawn = 2 * run.config.evaluate.pictures * len(run.prompts["held-out"])  # of base and round
+    pictures = 2 * 2 + drawn + drawn  # of both pairs; by what became of each, which are few enough to be shown all; by prompt
     assert len(shown) == pictures and all(decode_picture(base64.b64decode(one), "").size for one in shown)
     assert text.count("<svg") == 6, "the gains, four curves of finetuning, and where in the walk it learns"
     style = (Path(report.__file__).parent / "templates" / "report.css").read_text()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fashiondpo_pipeline import experts, pixels, statistics, testing
+from fashiondpo_pipeline import experts, pixels, schemas, statistics, testing
 from fashiondpo_pipeline.experts import meters
 
 RED, WHITE, BLACK, GREY = (255, 0, 0), (255, 255, 255), (0, 0, 0), (102, 102, 102)
@@ -42,8 +42,9 @@ def test_saturation_is_how_far_colours_are_from_grey():
 
 def test_the_meters_of_evaluation_are_these_functions():
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    assert statistics.meters(picture) == (
-        pixels.brightness(picture), pixels.contrast(picture), pixels.saturation(picture), pixels.edges(picture))
+    assert statistics.meters(picture) == tuple(measure(picture) for measure in statistics.METERS.values())
+    assert list(statistics.METERS) == ["brightness", "contrast", "saturation", "sharpness", "edge_density", "colour_entropy", "dark_pixels"]
+    assert schemas.METERS.names == ["group", "candidate", *statistics.METERS]
     assert pixels.edges(chessboard()) == pytest.approx(1) and pixels.edges(plain(RED)) == 0
 
 
@@ -87,7 +88,54 @@ def test_off_frame_is_the_share_of_the_outline_on_the_border():
     assert math.isnan(pixels.off_frame(plain(WHITE)))
 
 
-METERS = ("brightness", "contrast", "saturation", "sharpness", "white_background", "off_frame")
+def test_edge_density_is_the_share_of_pixels_beside_a_step():
+    assert pixels.edge_density(plain(RED)) == 0
+    assert pixels.edge_density(garment(8, (0, 8, 0, 4), BLACK)) == pytest.approx(1 / 8)  # the column left of the step
+    # a 4 x 4 square: the row above it, the column left of it, its own last row and column, which share a corner
+    assert pixels.edge_density(garment(16, (6, 10, 6, 10), BLACK)) == pytest.approx((4 + 4 + 7) / 256)
+    assert pixels.edge_density(chessboard()) == pytest.approx(63 / 64), "the finest pattern there is; the last corner has no neighbour"
+    assert pixels.edge_density(plain(RED, 1, 1)) == 0, "there is no smallest picture"
+
+
+def test_an_edge_is_a_step_of_more_than_a_twentieth_however_high():
+    def stepped(height):
+        return pixels.edge_density(np.tile(np.repeat([0.5, 0.5 + height], 4), (8, 1)).astype(np.float32))
+
+    assert [stepped(height) for height in (0.049, 0.051, -0.5)] == [0, 0.125, 0.125]
+
+
+def test_colour_entropy_counts_kinds_of_colour_in_bits():
+    assert pixels.colour_entropy(plain(RED)) == 0
+    assert pixels.colour_entropy(chessboard()) == pytest.approx(1)
+    quarters = np.concatenate([plain(colour, 4, 8) for colour in (RED, WHITE, BLACK, (0, 255, 0))])
+    assert pixels.colour_entropy(quarters) == pytest.approx(2)
+    # three quarters of one, a quarter of another
+    assert pixels.colour_entropy(garment(8, (0, 4, 0, 4), BLACK)) == pytest.approx(0.25 * 2 + 0.75 * math.log2(4 / 3))
+    every = (np.indices((8, 8, 8)).reshape(3, -1).T * 32).astype(np.uint8).reshape(16, 32, 3)
+    assert pixels.colour_entropy(every) == pytest.approx(9), "as much as there is"
+
+
+def test_colour_entropy_hears_no_noise_within_a_shade():
+    noisy = np.random.default_rng(0).integers(97, 126, (16, 16, 3), dtype=np.uint8)  # a shade is 96 to 127
+    assert pixels.colour_entropy(noisy) == 0
+
+
+def test_dark_pixels_are_those_below_a_fifth_of_the_luminance():
+    assert pixels.dark_pixels(garment(8, (0, 2, 0, 8), BLACK)) == pytest.approx(0.25)
+    assert [pixels.dark_pixels(plain((grey, grey, grey))) for grey in (50, 52)] == [1, 0]
+    assert pixels.dark_pixels(plain((0, 0, 255))) == 1 and pixels.dark_pixels(plain(RED)) == 0
+
+
+def test_a_garment_whose_pattern_is_wiped_out_loses_structure_and_keeps_its_saturation():
+    """What a reward of colour alone makes of stripes."""
+    striped, flat = garment(32, (4, 28, 8, 24)), garment(32, (4, 28, 8, 24))
+    striped[4:28:4, 8:24] = (0, 0, 255)
+    assert pixels.edge_density(flat) < 0.5 * pixels.edge_density(striped)
+    assert pixels.colour_entropy(flat) < pixels.colour_entropy(striped)
+    assert pixels.saturation(flat) == pixels.saturation(striped)
+
+
+METERS = ("brightness", "contrast", "saturation", "sharpness", "edge_density", "colour_entropy", "dark_pixels", "white_background", "off_frame")
 
 
 @pytest.mark.parametrize("name", METERS)

@@ -1,6 +1,7 @@
 """The report: one page that is safe to open, says what the tables say, and warns where something looks off."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -17,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fashiondpo_pipeline import charts, codecs, config, report, schemas, seeds
+from fashiondpo_pipeline import charts, codecs, config, effect_size, outcomes, report, schemas, seeds, statistics
 from fashiondpo_pipeline.report import Missing, Record
 from fashiondpo_pipeline.workspace import Step, write_sealed
 from stages import Session
-from stages.evaluate import measure
+from stages.evaluate import decoded
 from stages.report import _made, _pictures, read, write
 
 EVIL = "<script>alert(1)</script> & a hat"
@@ -60,7 +61,8 @@ def places(session: Session, sample: Step) -> list[tuple[dict, int, float]]:
     """(prompt, candidate, quality) of everything that a sample step draws."""
     rows = session.prompts[sample.args["split"]].rows
     keys = [(row, i) for row in rows for i in range(sample.config["candidates"])]
-    luck = [np.random.default_rng(seeds.key(sample.config["stream"], row["group"], i)).normal(size=2) for row, i in keys]
+    drawn = sample.inputs["sample"] if sample.stage == "disturb" else sample
+    luck = [np.random.default_rng(seeds.key(drawn.config["stream"], row["group"], i)).normal(size=2) for row, i in keys]
     return [(row, i, a + sample.round * (0.4 + 0.3 * b)) for (row, i), (a, b) in zip(keys, luck, strict=True)]
 
 
@@ -282,9 +284,15 @@ UP, DOWN, OPEN = (0.7, 0.6, 0.8), (0.3, 0.2, 0.4), (0.52, 0.45, 0.6)
 
 
 def test_nothing_looks_off_where_nothing_does(record):
-    fine = changed(record, prompts=40, against_base=rate(*UP), meters={})
+    fine = changed(record, prompts=40, against_base=rate(*UP), meters={}, size=size())
     assert report.warnings(fine) == []
-    assert report.headline(fine) == ("good", "Better than the base")
+    assert report.headline(fine)[0] == "good"
+
+
+def test_where_there_is_nothing_to_choose_by_the_win_rate_is_told_and_said_to_be_no_size(session, record):
+    blind = changed(record, prompts=40, against_base=rate(*UP), meters={}, size=size((None, None, None)))
+    assert report.headline(blind) == ("good", "Preferred to the base")
+    assert "it does not say by how much" in rendered(session, blind)
 
 
 def test_a_round_is_said_to_have_lost_to_the_one_it_went_on_from(record):
@@ -306,14 +314,14 @@ def test_a_round_is_said_to_have_lost_to_the_one_it_went_on_from(record):
     ],
 )
 def test_what_looks_off_is_said_in_plain_words(record, numbers, sentence):
-    fine = {"prompts": 40, "against_base": rate(*UP), "meters": {}, "experts": experts(record, clip=UP, taste=OPEN, judge=OPEN)}
+    fine = {"prompts": 40, "size": size(), "against_base": rate(*UP), "meters": {}, "experts": experts(record, clip=UP, taste=OPEN, judge=OPEN)}
     (warning,) = report.warnings(changed(record, **(fine | numbers)))
     assert sentence in warning.replace("\u00a0", " ")
 
 
 def fine(record: Record, **last) -> Record:
     """A record in which nothing looks off but what `last` changes in its last round."""
-    found = changed(record, prompts=40, against_base=rate(*UP), meters={})
+    found = changed(record, prompts=40, against_base=rate(*UP), meters={}, size=size())
     return replace(found, rounds=[*found.rounds[:-1], replace(found.last, **last)])
 
 
@@ -405,12 +413,12 @@ def test_page_says_which_round_to_keep(session, record):
     def plain(record):
         return rendered(session, record).replace("\u00a0", " ")
 
-    better = changed(calm(record), experts=experts(record, clip=UP, taste=UP, judge=(0.99, 0.98, 1.0)))
-    assert "Round 2 is the one to keep: judge prefers it to the base in 99.0 % [98.0, 100.0]." in plain(better)
+    better = changed(calm(record), experts=experts(record, clip=UP, taste=UP, judge=OPEN), size=size(right=False))
+    assert "Round 2 is the one to keep: by judge one picture of it is as good as the best of 3.4 [2.9, 4.1] of the base." in plain(better)
     first = better.rounds[0]
-    won = replace(first, numbers=first.numbers | {"experts": experts(record, clip=UP, taste=UP, judge=UP)})
+    won = replace(first, numbers=first.numbers | {"size": size((1.5, 1.2, 1.9), right=False)})
     assert "Round 1 is the one to keep" in plain(gamed(replace(better, rounds=[won, *better.rounds[1:]])))
-    assert "The base is the one to keep" in plain(gamed(better)), "of six prompts round 1's own interval is too wide to beat it"
+    assert "The base is the one to keep" in plain(gamed(better)), "of so few prompts round 1's own interval is too wide to beat it"
 
 
 def test_page_says_over_how_many_pictures_a_mean_is(session, record):
@@ -433,11 +441,156 @@ def test_the_default_judge_is_said_to_be_a_logarithm_and_the_mix_a_mean(record):
 
 def test_drift_is_told_in_the_spread_of_the_base_that_evaluate_measured(session, record):
     table = pa.concat_tables([session.output(session.chain(2).rounds[0].held_out).table("candidates")])
-    brightness = [measure(row["bytes"], "here")[0] for row in table["picture"].to_pylist()]
+    brightness = [statistics.meters(decoded(row["bytes"], "here"))[0] for row in table["picture"].to_pylist()]
     found = record.last.numbers["meters"]["brightness"]
     assert found["spread"] == pytest.approx(np.std(brightness), rel=1e-5)
     assert found["base"] == pytest.approx(np.mean(brightness), rel=1e-5)
     assert record.last.numbers["diversity"]["spread"] == pytest.approx(0, abs=1e-6)  # all prompts' pictures lie alike in the made-up tower
+
+
+# -- measures of size
+
+
+def span(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
+def size(best=(3.4, 2.9, 4.1), right=True, moved=0.31, ties=0.12, **others) -> dict:
+    shares = {"base": span(0.6, 0.55, 0.65), "after": span(0.775, 0.7, 0.8), "change": span(0.175, 0.13, 0.22), "mended": 3, "broken": 1,
+              "pictures": 12}
+    return {"best_of": span(*best) | {"most": 16}, "diversity_at_equal_quality": span(1.04, 0.98, 1.1), "right": shares if right else None,
+            "shift": span(0.42, 0.3, 0.5), "visible_change": span(moved, 0.2, 0.4), "noise": 0.004, "ties": ties,
+            "curve": CURVE, **others}
+
+
+def line(role, guidance, steps, mean, right):
+    return {"role": role, "usual": (guidance, steps) == (1.0, 10), "guidance": guidance, "steps": steps, "eta": 1.0, "guidance_rescale": 0.0,
+            "forwards": steps * (2 if guidance != 1 else 1), "mean": mean, "rewarded": mean, "right": right, "diversity": 0.1, "pictures": 12}
+
+
+LINES = [line("base", 1.0, 10, 0.30, 0.60), line("base", 1.5, 10, 0.31, 0.65), line("after", 1.0, 10, 0.32, 0.775),
+         line("after", 1.5, 10, 0.33, 0.80)]
+CURVE = [{"n": n, "mean": 0.3 + 0.01 * n, "right": 0.6 + 0.03 * n, "diversity": 0.1 - 0.005 * n} for n in (1, 2, 4, 8)]
+
+
+def sized(record: Record, found: dict | None = None, lines=LINES, right=True) -> Record:
+    """The record with measures of size in every round, a grid in the last, and a judge that classifies or does not."""
+    rates = experts(record, clip=UP, taste=UP, judge=UP)
+    numbers = {"size": found or size(), "prompts": 40, "against_base": rate(*UP), "meters": {}, "experts": rates}
+    every = replace(record, rounds=[replace(r, numbers=r.numbers | numbers) for r in record.rounds])
+    known = [np.zeros(scores.shape) for scores in (every.opinions[0], every.opinions[-1])]
+    known[0][:, :2], known[1][:, 1:] = 1, 1  # of each prompt's three pictures one is broken, one stays right and one is mended
+    found = changed(every, sampler=lines, base_by_setting=effect_size.base_by_setting(lines))
+    return replace(found, right=known if right else None)
+
+
+def plain(page: str) -> str:
+    return html.unescape(page).replace("\u00a0", " ")
+
+
+def test_the_page_leads_with_the_size_of_the_gain_and_the_win_rate_comes_after(session, record):
+    page = plain(rendered(session, sized(record)))
+    top = page[page.index("<h1"): page.index("<nav>")]
+    order = ["One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base</h1>", ">best of 3.4</p>",
+             "95 % interval 2.9 to 4.1",
+             "Round 1 is the one to keep: by judge one picture of it is as good as the best of 3.4", "60.0 → 77.5 %", "+17.5 points [13.0, 22.0]",
+             "<dd>3, 1</dd>", "of 12 held-out pictures", "1.04 [0.98, 1.10]", "0.31 [0.20, 0.40]", "prefers the tuned model's picture in 70.0 %",
+             "12 % are ties within its own noise", "The expert judge (fashiondpo_pipeline.testing:Brightness) judges, and was not rewarded.",
+             "Its own noise is 0.004"]
+    places = [top.index(text) for text in order]
+    assert places == sorted(places)
+    assert "70.0 %" not in top[: places[-4]], "the win rate is not what is claimed"
+
+
+def test_a_judge_that_does_not_classify_is_told_by_how_far_its_mean_moved(session, record):
+    page = plain(rendered(session, sized(record, size(right=False), [one | {"right": None} for one in LINES], right=False)))
+    assert "<dt>mean of the judge</dt><dd>+0.42 [0.30, 0.50]</dd>" in page
+    assert "mended" not in page and "better" in page and "what lies within the judge's own noise is alike" in page
+
+
+@pytest.mark.parametrize(("best", "tone", "words"), [
+    ((3.4, 2.9, 4.1), "good", "One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base"),
+    ((None, 9.0, None), "good", "One picture of the tuned model is better than the best of 16 [9.0, more] of the base"),
+    ((0.5, 0.4, 0.6), "bad", "One picture of the tuned model is only as good as the worst of 2.0 [1.7, 2.5] of the base"),
+    ((1.2, 0.9, 1.5), "open", "No clear difference from the base"), ((2.0, 0.0, None), "open", "No clear difference from the base"),
+])
+def test_the_headline_is_the_equivalent_and_not_the_win_rate(record, best, tone, words):
+    assert report.headline(sized(record, size(best))) == (tone, words)
+    places = report.gauge(size(best)["best_of"])
+    assert 0 <= places["low"] <= places["at"] <= places["high"] <= 100
+    assert (places["at"] > 50) == (best[0] is None or best[0] > 1)
+
+
+def test_a_gain_that_a_setting_gives_the_base_is_said_to_be_one_in_the_headline_and_below(session, record):
+    free = sized(record, lines=[*LINES, line("base", 3.0, 10, 0.34, 0.85)])
+    assert report.headline(free) == (
+        "open", "One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base, and so is one of the base with guidance 3")
+    assert any(text.startswith("Guidance 3 gives the base as much: 85.0") for text in report.warnings(free))
+    assert "Nothing looks off" not in rendered(session, free)
+    assert not any("gives the base" in text for text in report.warnings(sized(record)))
+
+
+def test_few_prompts_claim_nothing(record):
+    few = changed(sized(record, size((3.4, 0.0, None))), prompts=3)
+    assert report.headline(few)[0] == "open"
+    assert any("they say nothing of others" in text for text in report.warnings(few))
+
+
+def test_the_samplers_own_line_is_drawn_for_both_models_with_the_best_for_so_many_forwards(session, record):
+    svg = report.sampler_chart(sized(record))
+    assert "forwards a picture" in svg and "right, %" in svg and svg.count("1.5</text>") == 2
+    assert "mean judge" in report.sampler_chart(sized(record, lines=[one | {"right": None} for one in LINES]))
+    assert report.sampler_chart(sized(record, lines=[one for one in LINES if one["usual"]])) is None is report.sampler_chart(record)
+    page = plain(rendered(session, sized(record)))
+    assert "The sampler's own line" in page and page.count("<tr><th>base</th><td>1.5</td>") == 1
+
+
+def test_quality_against_diversity_shows_the_base_choosing_and_every_round(record):
+    svg = report.trade_off_chart(sized(record))
+    for word in ("best of 2", "best of 8", ">base<", "round 1", "round 2", "diversity within a prompt"):
+        assert word in svg
+    blind = size(curve=[row | {"diversity": None} for row in CURVE])
+    assert report.trade_off_chart(sized(record, blind)) is None, "without a tower there is nothing to compare by"
+
+
+def test_every_measure_of_size_has_its_chart_and_its_column(session, record):
+    starts = ("Best-of-n equivalent: ", "Held-out pictures that are right; dashed: the base's, 60.0 %",
+              "Diversity over that of the base's pictures chosen to be as good; ", "Visible change: ")
+    assert all(caption.startswith(start) for (caption, _), start in zip(report.size_charts(sized(record)), starts, strict=True))
+    beyond = report.size_charts(sized(record, size((None, 9.0, None), right=False)))
+    assert "best of 16" in beyond[0][1] and "worst" not in beyond[0][1] and "Mean of the judge" in beyond[1][0]
+    assert "worst of 2" in report.size_charts(sized(record, size((0.5, 0.4, 0.6))))[0][1]
+    page = plain(rendered(session, sized(record)))
+    assert page.count("<b>the best of 3.4 [2.9, 4.1]</b>") == 2 and "3, 1 <span" in page
+
+
+def test_what_stands_first_of_the_pictures_is_drawn_by_key_in_the_shares_of_what_became_of_them(session, record, monkeypatch):
+    monkeypatch.setattr(report, "LEADING", 6)
+    of_scores = sized(record, size(right=False), right=False)
+    shown, every = report.leading(of_scores), outcomes.counts(of_scores.outcomes)
+    assert len(shown) == 6 and sum(every.values()) == 12
+    assert {one: sum(two.outcome == one for two in shown) for one in every} == outcomes.allotted(every, 6)
+    words = report.outcomes_in_words(of_scores)
+    told = f"Of 12 held-out pictures {every[1]} are better, {every[-1]} worse and {every[0]} alike. Shown are 6 of them in these shares"
+    assert words.startswith(told)
+    section = rendered(session, of_scores).partition('<section id="pictures">')[2].partition("<h3>By prompt</h3>")[0]
+    assert section.count("<article") == 6 and section.count("<img") == 12
+
+
+def test_mended_and_broken_pictures_are_those_that_the_judge_says(session, record):
+    found = sized(record)
+    assert outcomes.counts(found.outcomes) == {1: 4, -1: 4, 0: 4}
+    section = plain(rendered(session, found)).partition('<section id="pictures">')[2].partition("<h3>By prompt</h3>")[0]
+    assert "Of 12 held-out pictures 4 are mended, 4 broken and 4 unchanged. Shown are 12 of them" in section
+    cards = re.findall(r"<figcaption>(\w+)</figcaption>.*?<figcaption>(\w+)</figcaption>.*?<b class=\"\w*\">(\w+)</b>", section, re.DOTALL)
+    assert sorted(set(cards)) == [("right", "right", "unchanged"), ("right", "wrong", "broken"), ("wrong", "right", "mended")]
+    assert [what for *_, what in cards] == ["mended"] * 4 + ["broken"] * 4 + ["unchanged"] * 4
+
+
+def test_an_outcome_too_rare_to_be_shown_is_named(record):
+    odd = sized(record)
+    odd.__dict__["outcomes"] = np.array([[1] + [0] * 99] * 1)
+    assert report.outcomes_in_words(odd).endswith("so few are mended that none is among them.")
 
 
 # -- findings and the walk

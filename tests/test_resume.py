@@ -127,7 +127,7 @@ def test_every_damaged_file_is_named_dropped_on_request_and_made_again_to_the_by
     run = finished / "runs/t"
     whole, steps = results(run), manifests(run)
     damage = {
-        "round-00/held-out-sample-*/parts/candidates-00001.parquet": alter,
+        "round-00/held-out-sample-????????/parts/candidates-00001.parquet": alter,
         "round-01/sample-*/parts/trajectories-00001.parquet": cut,
         "round-01/score-bright-*/parts/scores-00002.parquet": Path.unlink,
         "round-02/pair-*/parts/pairs-00000.parquet": alter,

@@ -7,7 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fashiondpo_pipeline.statistics import FEW, bootstrap, diversity, interval, meters, student, wins
+from fashiondpo_pipeline.statistics import (
+    bootstrap,
+    change_interval,
+    diversity,
+    expanded,
+    interval,
+    mean_interval,
+    meters,
+    ratio_interval,
+    resampled,
+    student,
+    studentized,
+    ties,
+    wins,
+)
 
 NAN = math.nan
 
@@ -69,30 +83,93 @@ def test_the_interval_of_few_prompts_holds_its_level_whatever_they_are_like(grou
         for seed in range(200):
             rng = np.random.default_rng(seed)
             won = (rng.random((groups, pictures)) < chances(rng, groups, kind, mean)).astype(float)
-            _, low, high = interval(won, seed, 20, 0.95)
+            _, low, high = interval(won, 0.95)
             hits += low <= mean <= high
         assert hits >= 0.9 * 200, (mean, hits)  # 0.95 less three standard errors of 200 tries
 
 
 def test_prompts_that_all_agree_still_leave_doubt():
     for groups in (5, 10, 19):
-        mean, low, high = interval(np.ones((groups, 4)), 0, 100, 0.95)
+        mean, low, high = interval(np.ones((groups, 4)), 0.95)
         assert mean == high == 1.0 and 0.3 < low < 0.9, "a bootstrap's would be from 1 to 1"
-    assert interval(np.full((8, 3), 0.5), 0, 100, 0.95)[1] < 0.35
+    assert interval(np.full((8, 3), 0.5), 0.95)[1] < 0.35
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_of_fewer_than_five_prompts_nothing_can_be_said(groups):
     values = np.random.default_rng(groups).random((groups, 16))
-    assert interval(values, 0, 100, 0.95) == (pytest.approx(values.mean()), 0.0, 1.0)
+    assert interval(values, 0.95) == (pytest.approx(values.mean()), 0.0, 1.0)
     padded = np.concatenate([values, np.full((30, 16), NAN)])
-    assert interval(padded, 0, 100, 0.95)[1:] == (0.0, 1.0), "prompts without a score are none"
+    assert interval(padded, 0.95)[1:] == (0.0, 1.0), "prompts without a score are none"
 
 
-def test_from_twenty_prompts_on_it_is_the_bootstraps_and_without_a_value_nothing():
-    values = prompts(np.random.default_rng(3), FEW)
-    assert interval(values, 1, 300, 0.95) == bootstrap(values, 1, 300, 0.95) != interval(values[1:], 1, 300, 0.95)
-    assert all(math.isnan(one) for one in interval(np.full((6, 2), NAN), 0, 50, 0.95))
+def test_without_a_value_there_is_no_interval():
+    assert all(math.isnan(one) for one in interval(np.full((6, 2), NAN), 0.95))
+
+
+def test_the_interval_goes_on_from_few_prompts_to_many_without_a_jump():
+    values = prompts(np.random.default_rng(3), 60)
+    widths = [np.diff(interval(values[:count], 0.95)[1:])[0] * math.sqrt(count) for count in range(15, 60)]
+    assert max(abs(np.diff(widths))) < 0.15 * np.mean(widths)
+
+
+def test_a_difference_within_the_noise_is_a_tie():
+    after, before = np.array([[1.0, 1.2, 0.5, 0.9, NAN]]), np.array([[1.0, 1.0, 1.0, 1.0, 1.0]])
+    won = wins(after, before, 0.2)
+    assert won == pytest.approx(np.array([[0.5, 0.5, 0.0, 0.5, NAN]]), nan_ok=True) and ties(won) == 0.75
+    assert ties(wins(after, before)) == 0.25 and math.isnan(ties(np.full((2, 2), NAN)))
+
+
+# -- means, changes, ratios
+
+
+def held(interval_of, truth, tries=400):
+    """How often an interval of simulated values holds the truth."""
+    found = [interval_of(np.random.default_rng(seed)) for seed in range(tries)]
+    return np.mean([low <= truth <= high for _, low, high in found])
+
+
+@pytest.mark.parametrize("count", [5, 10, 20, 40])
+def test_means_and_ratios_hold_their_level_down_to_five_prompts(count):
+    def ratio(rng):
+        below = rng.gamma(8, 1 / 8, count)
+        return ratio_interval(below * rng.gamma(8, 0.25 / 8, count), below, 0.95)
+
+    assert 0.92 <= held(lambda rng: mean_interval(rng.normal(size=count), 0.95), 0) <= 0.98
+    assert 0.92 <= held(ratio, 0.25) <= 0.99
+
+
+@pytest.mark.parametrize("count", [5, 10, 20])
+def test_means_of_skewed_values_hold_their_level_where_students_interval_does_not(count):
+    """Gains of ln p: most pictures were right before and are right after."""
+    def gains(rng):
+        hard = rng.normal(2, 2, (count, 1))
+        before, after = (-np.log1p(np.exp(-(hard + rng.normal(0, 1.5, (count, 16)) + gain))) for gain in (0.0, 1.0))
+        return (after - before).mean(1)
+
+    truth = np.mean([gains(np.random.default_rng(10_000 + seed)).mean() for seed in range(2000)])
+    plain = held(lambda rng: mean_interval(gains(rng), 0.95), truth)
+    assert held(lambda rng: studentized(gains(rng), 0, 400, 0.95), truth) >= max(0.92, plain)
+    assert plain < 0.92
+
+
+def test_a_ratio_whose_divisor_may_be_nothing_has_no_upper_end():
+    value, low, high = ratio_interval(np.ones(6), np.array([0.0, 0, 0, 0, 0, 1]), 0.95)
+    assert (value, low, high) == (pytest.approx(6), 0, math.inf)
+    assert all(map(math.isnan, ratio_interval(np.ones(6), np.zeros(6), 0.95)))
+
+
+def test_a_change_stays_between_minus_one_and_one():
+    assert change_interval(np.array([[1.0], [1], [1], [1], [-1]]), 0.95)[2] == 1
+    assert change_interval(np.ones((3, 4)), 0.95) == (1, -1, 1)
+
+
+def test_percentiles_are_moved_outwards_the_more_the_fewer_the_prompts():
+    drawn = np.random.default_rng(0).normal(size=100_000)
+    plain = np.quantile(drawn, 0.975)
+    reached = [expanded(drawn, count, 0.95)[1] / plain for count in (5, 10, 40, 1000)]
+    assert reached == sorted(reached, reverse=True) and reached[0] > 1.5 and reached[-1] == pytest.approx(1, abs=0.01)
+    assert resampled(7, 0, 50).sum(1).tolist() == [7.0] * 50
 
 
 @pytest.mark.parametrize(("count", "coverage", "quantile"), [(5, 0.95, 2.7764), (19, 0.95, 2.1009), (11, 0.9, 1.8125), (8, 0.99, 3.4995)])
@@ -156,13 +233,14 @@ def flat(*colour):
 @pytest.mark.parametrize(
     ("pixels", "wanted"),
     [
-        (flat(255, 255, 255), (1.0, 0.0, 0.0, 0.0)),
-        (flat(0, 0, 0), (0.0, 0.0, 0.0, 0.0)),
-        (flat(255, 0, 0), (0.2126, 0.0, 1.0, 0.0)),
-        (flat(0, 255, 0), (0.7152, 0.0, 1.0, 0.0)),
-        (flat(200, 100, 100), ((0.2126 * 200 + 0.7874 * 100) / 255, 0.0, 0.5, 0.0)),
+        (flat(255, 255, 255), (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+        (flat(0, 0, 0), (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)),
+        (flat(255, 0, 0), (0.2126, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)),
+        (flat(0, 255, 0), (0.7152, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)),
+        (flat(0, 0, 255), (0.0722, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)),
+        (flat(200, 100, 100), ((0.2126 * 200 + 0.7874 * 100) / 255, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0)),
     ],
-    ids=["white", "black", "red", "green", "pink"],
+    ids=["white", "black", "red", "green", "blue", "pink"],
 )
 def test_meters_of_flat_pictures_are_what_they_are_by_hand(pixels, wanted):
     assert meters(pixels) == pytest.approx(wanted, abs=1e-5)
@@ -170,11 +248,11 @@ def test_meters_of_flat_pictures_are_what_they_are_by_hand(pixels, wanted):
 
 def test_a_chessboard_is_half_bright_and_as_contrasty_and_sharp_as_can_be():
     board = (np.indices((4, 4)).sum(0) % 2 * 255).astype(np.uint8)
-    assert meters(np.repeat(board[..., None], 3, 2)) == pytest.approx((0.5, 0.5, 0.0, 1.0), abs=1e-5)
+    assert meters(np.repeat(board[..., None], 3, 2)) == pytest.approx((0.5, 0.5, 0.0, 1.0, 15 / 16, 1.0, 0.5), abs=1e-5)
 
 
 def test_one_edge_is_as_sharp_as_its_share_of_neighbours():
-    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2."""
+    """Left half black, right half white, 4 x 4: of three horizontal steps one is 1, no vertical one: (0 + 1/3) / 2. A column is an edge."""
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[:, 2:] = 255
-    assert meters(pixels) == pytest.approx((0.5, 0.5, 0.0, 1 / 6), abs=1e-5)
+    assert meters(pixels) == pytest.approx((0.5, 0.5, 0.0, 1 / 6, 1 / 4, 1.0, 0.5), abs=1e-5)

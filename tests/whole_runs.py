@@ -320,6 +320,23 @@ class Mood:
         return float(np.asarray(row["picture"]).mean() / 255 if mood is None else mood)
 
 
+class Dark:
+    """A classifier of two labels: darkness of a picture, which is right below the middle; None of a group that holds `silent`."""
+
+    version, range, needs, classifies = 1, (0.0, 1.0), ("picture",), True
+
+    def __init__(self, silent: str = "?", middle: float = 0.5):
+        self.silent, self.middle = silent, middle
+
+    def load(self, device: str, prepared: Path | None) -> None:
+        pass
+
+    def __call__(self, rows: list[dict]) -> list[tuple]:
+        shades = [1 - float(np.asarray(row["picture"]).mean() / 255) for row in rows]
+        return [(float("nan"), "silent") if self.silent in row["group"] else (shade, None, shade > self.middle)
+                for row, shade in zip(rows, shades, strict=True)]
+
+
 @pytest.fixture
 def place(tmp_path, tiny_sd, tiny_clip, monkeypatch) -> Path:
     """An empty working folder, entered."""

@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from fashiondpo_pipeline.errors import UserError, disk_is_full
 from fashiondpo_pipeline.registry import EXPERTS, did_you_mean
 
-Opinion = float | tuple[float, str | None] | tuple[float, str | None, str]  # a score; (nan, reason) where there is none; the raw reply last
+# A score; (nan, reason) where there is none; with a third entry the raw reply, or whether the picture is right.
+Opinion = float | tuple[float, str | None] | tuple[float, str | None, str | bool]
 
 
 @runtime_checkable
@@ -23,15 +24,18 @@ class Expert(Protocol):
     "picture" (PIL image), "embedding" ((d,) float32, of `tower`), or a column of the prompts. A row always has group,
     candidate and prompt. The constructor takes plain keywords from the configuration and loads nothing.
 
-    Optional: `tower` (model, pretrained) of a CLIP tower whose embeddings it reads; `files()` name -> path of what its
-    scores depend on; `weights` name -> Place, to say whether they are here; `preprocessing` what it does to a picture, in words,
-    once loaded; `prepare(folder, device)` slow work done once a run, whose folder `load` is then given; `expect(prompts)`
-    the prompts' rows that it will be asked about, in their order, told before the first call; `replies` True where an opinion is
-    (score, reason or None, the raw reply); `stochastic` True where it may answer otherwise when asked again; `effort` names of
-    options that change no score, only how it is got; `notes` sentences for the person, emptied by whoever shows them;
-    `held_out` False: it is not asked about held-out draws, and may be silent about every candidate; `pixels_only` True: it becomes the
-    judge of no run that names none; `grows` names of `files()` that
-    grow while a run lives: a round keeps what they held when it was scored, until `fdpo score` asks again.
+    Optional: `tower` (model, pretrained) of a CLIP tower whose embeddings it reads; `files()` name -> path of
+    what its scores depend on; `weights` name -> Place, to say whether they are here; `preprocessing` what it
+    does to a picture, in words, once loaded; `prepare(folder, device)` slow work done once a run, whose
+    folder `load` is then given; `expect(prompts)` the prompts' rows that it will be asked about, in their
+    order, told before the first call; `replies` True where an opinion is (score, reason or None, the raw
+    reply); `classifies` True where it is (score, None, whether what was asked for is its own first choice for
+    the picture), from which shares of right pictures are counted; `stochastic` True where it may answer
+    otherwise when asked again; `effort` names of options that change no score, only how it is got; `notes`
+    sentences for the person, emptied by whoever shows them; `held_out` False: it is not asked about held-out
+    draws, and may be silent about every candidate; `pixels_only` True: it becomes the judge of no run that
+    names none; `grows` names of `files()` that grow while a run lives: a
+    round keeps what they held when it was scored, until `fdpo score` asks again.
     """
 
     version: int
@@ -93,8 +97,8 @@ def _mistyped(kind: Any, value: Any) -> str | None:
 
 
 def ask(expert: Expert, rows: list[dict]) -> list[tuple]:
-    """(score, reason) of each row, and the raw reply where there is one; an expert that fails on a batch is asked row by row, and what
-    it cannot say is NaN."""
+    """(score, reason) of each row, and a third entry where the expert gives one (see Opinion); an expert that fails on a batch is
+    asked row by row, and what it cannot say is NaN."""
     try:
         opinions = list(expert(rows))
     except (UserError, MemoryError):

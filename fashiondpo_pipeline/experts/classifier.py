@@ -13,12 +13,12 @@ TILE = 64
 
 
 class Classifier:
-    """ln p(label | picture) of a transformers image classifier, in (-inf, 0].
+    """ln p(label | picture) of a transformers image classifier, in (-inf, 0], and whether no other label is likelier.
 
     model: folder or hub id. label: template over the prompt's columns that names one of the model's labels.
     """
 
-    version, range = 1, (-math.inf, 0.0)
+    version, range, classifies = 2, (-math.inf, 0.0), True
     needs: tuple[str, ...] = ("picture",)
 
     def __init__(self, model: str, label: str, revision: str | None = None):
@@ -56,7 +56,7 @@ class Classifier:
         """What is done to a picture before the network sees it."""
         return self._see.to_json_string()
 
-    def __call__(self, rows: list[dict]) -> list[float | tuple[float, str]]:
+    def __call__(self, rows: list[dict]) -> list[tuple]:
         from fashiondpo_pipeline.tiles import tiled
 
         inputs = self._see([row["picture"] for row in rows], return_tensors="pt")["pixel_values"]
@@ -64,8 +64,9 @@ class Classifier:
         log_p = logits.double().log_softmax(-1).numpy()
         return [self._one(row, opinion) for row, opinion in zip(rows, log_p, strict=True)]
 
-    def _one(self, row: dict, log_p: np.ndarray) -> float | tuple[float, str]:
+    def _one(self, row: dict, log_p: np.ndarray) -> tuple:
         label = self.label.format(**row)
         if label not in self._place:
             return math.nan, f"the classifier has no label '{label}'"
-        return float(log_p[self._place[label]])
+        place = self._place[label]
+        return float(log_p[place]), None, bool(log_p.argmax() == place)

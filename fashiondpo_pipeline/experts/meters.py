@@ -62,6 +62,29 @@ class Sharpness(Meter):
         return pixels.sharpness(picture)
 
 
+class EdgeDensity(Meter):
+    """Share of pixels on an edge, 0..1: how much is drawn."""
+
+    def measure(self, picture: np.ndarray) -> float:
+        return pixels.edge_density(picture)
+
+
+class ColourEntropy(Meter):
+    """Shannon's entropy of the colours in 512 classes, 0..9 bits: how many kinds of colour there are."""
+
+    range = (0.0, 9.0)
+
+    def measure(self, picture: np.ndarray) -> float:
+        return pixels.colour_entropy(picture)
+
+
+class DarkPixels(Meter):
+    """Share of pixels whose luminance is below 0.2, 0..1."""
+
+    def measure(self, picture: np.ndarray) -> float:
+        return pixels.dark_pixels(picture)
+
+
 class WhiteBackground(Meter):
     """Share of the pixels near the border that are white, 0..1; `border` is how near, as a share of the shorter side."""
 

@@ -50,6 +50,7 @@ class Evidence:
     scale: Tensor | None = None  # (n,) weight of each row's error (min-SNR), 1 where None
     slack: Tensor | None = None  # (p,) share of the loser's gradient that the winner guard lets through, 1 where None
     share: Tensor | None = None  # (p,) preference for the winner, 0.5 to 1, which the training loop weighs by; 1 where None
+    log_ratio: Tensor | None = None  # (n,) ln p - ln p_ref of the step taken, nats, summed over dimensions; where it is known
     turned_slack: Tensor | None = None  # (p,) the slack of each pair turned round, where there are shares
 
     def turned(self) -> Evidence:

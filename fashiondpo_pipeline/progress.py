@@ -17,8 +17,20 @@ from fashiondpo_pipeline.store import Store
 from fashiondpo_pipeline.training import Tally
 from fashiondpo_pipeline.workspace import read_hashed, write_hashed
 
-BETA_RANGE = 100.0  # auto_beta stays within this factor of beta
-BETA_RATE = 0.1  # its change of ln beta for each unit that the gradient factor is off
+BETA_RANGE = 100.0  # auto_beta and a budget of divergence stay within this factor of beta
+BETA_RATE = 0.1  # change of ln beta for each unit that the gradient factor, or the divergence's logarithm, is off
+ARRIVED = 0.1  # share of the optimiser steps, at the end, that say how far the policy has gone
+
+
+def ahead(divergence: float, budget: float) -> float:
+    """How far a divergence is beyond its budget, as a difference of logarithms, -1 to 1.
+
+    >>> ahead(2.0, 2.0), ahead(100.0, 2.0), ahead(0.0, 2.0), round(ahead(2.2, 2.0), 3)
+    (0.0, 1.0, -1.0, 0.095)
+    """
+    if not budget or not divergence:
+        return 0.0 if divergence == budget else 1.0 if divergence > budget else -1.0
+    return min(max(math.log(divergence / budget), -1.0), 1.0)
 
 
 class Progress:
@@ -28,15 +40,30 @@ class Progress:
         self.rows: list[dict] = []
         self.beta, self.first_beta, self.by_column = beta, beta, by_column
 
-    def after(self, number: int, epoch: int, tally: Tally, norm: float, learning_rate: float, knobs: Finetune) -> None:
+    def after(self, number: int, epoch: int, tally: Tally, norm: float, learning_rate: float, knobs: Finetune, travel: float = 1.0) -> None:
+        """Note an optimiser step, and move beta where it follows something.
+
+        travel: share of all learning rates of the training that were spent before this step.
+        """
         means = tally.means()
         factor = means.pop("factor")
         self.rows.append({"step": number, "epoch": epoch, **means, "grad_norm": norm, "learning_rate": learning_rate, "beta": self.beta,
-                          "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
+                          "divergence": tally.divergence, "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
         self.by_column[epoch] += tally.by_column
         if knobs.auto_beta is not None and factor == factor:
-            moved = self.beta * math.exp(BETA_RATE * (factor - knobs.auto_beta))
-            self.beta = min(max(moved, self.first_beta / BETA_RANGE), self.first_beta * BETA_RANGE)
+            self._move(factor - knobs.auto_beta)
+        if knobs.divergence is not None:
+            self._move(ahead(tally.divergence, knobs.divergence * travel**2))
+
+    def _move(self, off: float) -> None:
+        """beta rises where a policy that is too far, or learns too slowly, needs to be held, and falls where it may go on."""
+        moved = self.beta * math.exp(BETA_RATE * off)
+        self.beta = min(max(moved, self.first_beta / BETA_RANGE), self.first_beta * BETA_RANGE)
+
+    @property
+    def divergence(self) -> float:
+        """Where the policy ended: mean of the last steps' divergence."""
+        return float(np.mean([row["divergence"] for row in self.rows[-max(round(ARRIVED * len(self.rows)), 1) :]]))
 
     def informative(self) -> np.ndarray:
         """Weight of each column: how far above one half the policy's accuracy on it is, and never nothing."""

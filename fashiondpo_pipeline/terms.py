@@ -177,6 +177,12 @@ def _idle(knobs: Finetune, terms: list[Term], taken: Taken) -> list[str]:
          f"finetune.step_weight has no effect on errors, which {names} is made of: set it to equal, or use step_dpo"),
         (knobs.auto_beta is not None, "beta" in heeded,
          f"finetune.auto_beta has no effect on {names}, which beta does not change: set it to null, or use another objective"),
+        (knobs.divergence is not None, "log_prob" in signals,
+         "finetune.divergence is measured on log-probabilities, which errors do not give: set it to null, or use step_dpo"),
+        (knobs.divergence is not None, "beta" in heeded,
+         f"finetune.divergence has no effect on {names}, which beta does not change: set it to null, or use another objective"),
+        (knobs.divergence is not None, knobs.auto_beta is None,
+         "finetune.divergence and finetune.auto_beta both move beta: set one of them to null"),
         (knobs.ratio_clip is not None, clips, f"finetune.ratio_clip has no effect on {names}: set it to null, or use step_dpo"),
     ]
     return [sentence for is_set, acts, sentence in checks if is_set and not acts]

@@ -41,6 +41,11 @@ def run(session: Session, chain: Chain) -> Probed:
     return Probed(**probe.found, loading=probe.loading, peaks=probe.peaks)
 
 
+def named_like(step: Step) -> list[str]:
+    """Names of the steps that do the same for other pictures: candidates, held-out ones, those of several strengths."""
+    return [step.name, f"held-out-{step.name}", f"strength-{step.name}"]
+
+
 class Probe:
     """Measurements as they come in: `found` by the names of Probed, `loading` by step, `peaks` by stage."""
 
@@ -88,7 +93,7 @@ class Probe:
 
         _decode(generator, walk(1), tile)  # the first call loads weights and chooses kernels
         generator.let_go("vae")
-        self.loading[step.name] = self.loading[f"held-out-{step.name}"] = self._timed(lambda: generator.vae)
+        self.loading |= dict.fromkeys(named_like(step), self._timed(lambda: generator.vae))
         saved = saved_steps(knobs["save"], knobs["steps"])
         drawn: list[torch.Tensor] = []
         seconds = 0.0
@@ -191,7 +196,7 @@ class Probe:
         see(Tower(*step.args["tower"], self.session.device))  # imports what every later step finds imported
         tower = Tower(*step.args["tower"], self.session.device)
         first, again = self._timed(lambda: see(tower)), self._timed(lambda: see(tower))
-        for name in (step.name, f"held-out-{step.name}"):
+        for name in named_like(step):
             self.loading[name], self.found["looking"][name] = max(first - again, 0.0), again / len(pngs)
             self.found["widths"][name] = found.shape[1]
         return found
@@ -206,5 +211,5 @@ class Probe:
             ask(expert, [row | picture for row, picture in zip(rows, opened, strict=True)])
 
         score()
-        for each in (step.name, f"held-out-{step.name}"):
+        for each in named_like(step):
             self.found["looking"][each] = self._timed(score) / len(batch)

@@ -17,8 +17,10 @@ from fashiondpo_pipeline.store import Store
 from fashiondpo_pipeline.training import Tally
 from fashiondpo_pipeline.workspace import read_hashed, write_hashed
 
-BETA_RANGE = 100.0  # auto_beta and a budget of divergence stay within this factor of beta
-BETA_RATE = 0.1  # change of ln beta for each unit that the gradient factor, or the divergence's logarithm, is off
+BETA_RANGE = 100.0  # auto_beta stays within this factor of beta
+BUDGET_RANGE = 1e4  # and what follows a budget within this one: whoever sets a budget need not know beta
+BETA_RATE = 0.1  # auto_beta's change of ln beta for each unit that the gradient factor is off
+BUDGET_RATE, BUDGET_NOW = 0.2, 1.0  # a budget's, for each unit that the logarithm of the divergence is off, and is more off than before
 ARRIVED = 0.1  # share of the optimiser steps, at the end, that say how far the policy has gone
 
 
@@ -39,6 +41,7 @@ class Progress:
     def __init__(self, beta: float, by_column: torch.Tensor):
         self.rows: list[dict] = []
         self.beta, self.first_beta, self.by_column = beta, beta, by_column
+        self.off: float | None = None  # how far beyond its budget the divergence was
 
     def after(self, number: int, epoch: int, tally: Tally, norm: float, learning_rate: float, knobs: Finetune, travel: float = 1.0) -> None:
         """Note an optimiser step, and move beta where it follows something.
@@ -48,22 +51,34 @@ class Progress:
         means = tally.means()
         factor = means.pop("factor")
         self.rows.append({"step": number, "epoch": epoch, **means, "grad_norm": norm, "learning_rate": learning_rate, "beta": self.beta,
-                          "divergence": tally.divergence, "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
+                          "divergence": tally.divergence if math.isfinite(tally.divergence) else None, "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
         self.by_column[epoch] += tally.by_column
         if knobs.auto_beta is not None and factor == factor:
-            self._move(factor - knobs.auto_beta)
+            self._move(BETA_RATE * (factor - knobs.auto_beta), BETA_RANGE)
         if knobs.divergence is not None:
-            self._move(ahead(tally.divergence, knobs.divergence * travel**2))
+            # at a steady pull a policy gets as far as the learning rates carry it, and divergence is the square of how far
+            off = ahead(tally.divergence, knobs.divergence * travel**2)
+            self._move(BUDGET_RATE * off + BUDGET_NOW * (off - (off if self.off is None else self.off)), BUDGET_RANGE)
+            self.off = off
 
-    def _move(self, off: float) -> None:
-        """beta rises where a policy that is too far, or learns too slowly, needs to be held, and falls where it may go on."""
-        moved = self.beta * math.exp(BETA_RATE * off)
-        self.beta = min(max(moved, self.first_beta / BETA_RANGE), self.first_beta * BETA_RANGE)
+    def _move(self, by: float, most: float) -> None:
+        """Add to ln beta, which stays within a factor of the first one."""
+        self.beta = min(max(self.beta * math.exp(by), self.first_beta / most), self.first_beta * most)
 
     @property
-    def divergence(self) -> float:
-        """Where the policy ended: mean of the last steps' divergence."""
-        return float(np.mean([row["divergence"] for row in self.rows[-max(round(ARRIVED * len(self.rows)), 1) :]]))
+    def eased(self) -> float:
+        """What the loss is multiplied with while a budget moves beta: a pair that is not learnt yet pulls as hard at any beta.
+
+        AdamW remembers how large gradients were: with a beta that falls, and they with it, the policy would stand still.
+        """
+        return self.first_beta / self.beta
+
+    @property
+    def divergence(self) -> float | None:
+        """Where the policy ended: mean of the last steps' divergence; None without log-probabilities."""
+        last = [row["divergence"] for row in self.rows[-max(round(ARRIVED * len(self.rows)), 1) :]]
+        known = [value for value in last if value is not None]
+        return sum(known) / len(known) if known else None
 
     def informative(self) -> np.ndarray:
         """Weight of each column: how far above one half the policy's accuracy on it is, and never nothing."""
@@ -84,7 +99,7 @@ class Progress:
     def save(self, path: Path, weights: dict, optimiser, scaler, reference: Reference) -> None:
         # no random state: order, columns and fresh noise are keyed by what they are for
         state = {"weights": {n: w.detach().cpu() for n, w in weights.items()}, "optimiser": optimiser.state_dict(),
-                 "scaler": scaler.state_dict(), "rows": self.rows, "beta": self.beta, "by_column": self.by_column,
+                 "scaler": scaler.state_dict(), "rows": self.rows, "beta": self.beta, "off": self.off, "by_column": self.by_column,
                  "reference": reference.hash, "moving": reference.start if reference.knobs.reference == "ema" else None}
         torch.save(state, buffer := io.BytesIO())  # in memory first: on a full disk torch says something else
         write_hashed(path, buffer.getvalue())
@@ -106,5 +121,6 @@ class Progress:
         optimiser.load_state_dict(state["optimiser"])
         scaler.load_state_dict(state["scaler"])
         self.rows, self.beta, self.by_column = state["rows"], state["beta"], state["by_column"].cpu()
+        self.off = state.get("off")
         if state["moving"] is not None:
             reference.start = state["moving"]

@@ -137,7 +137,7 @@ STEPS = _schema(
     ("grad_norm", pa.float32(), "before clipping"),
     ("learning_rate", pa.float32(), "of this step"),
     ("beta", pa.float32(), "of this step; auto_beta and divergence move it"),
-    ("divergence", pa.float32(), "from the reference over the steps that are trained on, nats a picture, estimated; NaN: no log-probabilities"),
+    ("divergence", pa.float32(), "from the reference over the steps that are trained on, nats a picture, estimated; null: no log-probabilities"),
     ("clipped", pa.float32(), "share of pairs with a candidate beyond ratio_clip, which gives no more gradient"),
     ("winner_error", pa.float32(), "mean change of the winner's squared error against the reference; above 0: it is drawn worse"),
     ("loser_error", pa.float32(), "mean change of the loser's squared error against the reference"),

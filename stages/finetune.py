@@ -86,12 +86,13 @@ def run(session, step: Step, out: Output) -> None:
         learning_rate = knobs.learning_rate * rates[number]
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
+        eased = progress.eased if knobs.divergence is not None else 1.0
         while True:
             optimiser.zero_grad(set_to_none=True)
             try:
                 tally = accumulate(
                     processes.mine(units), micro_batch, store.predict, evidence, terms, progress.beta, columns=store.columns, counted=units,
-                    backward=lambda loss: scaler.scale(loss).backward(), scale=scaler.get_scale(),
+                    backward=lambda loss, by=eased: scaler.scale(loss * by).backward(), scale=scaler.get_scale() * eased,
                 )
                 break
             except (RuntimeError, MemoryError) as problem:
@@ -134,7 +135,7 @@ def run(session, step: Step, out: Output) -> None:
         "reference_rows_in_training": reference.rows_in_training, "reference_rows_before": reference.rows_before,
         "trainable": sum(w.numel() for w in weights.values()), "first_loss": progress.rows[0]["loss"], "last_loss": progress.rows[-1]["loss"],
         "last_accuracy": progress.rows[-1]["accuracy"], "last_beta": progress.beta,
-        **({"divergence": progress.divergence} if math.isfinite(progress.divergence) else {}),
+        **({} if progress.divergence is None else {"divergence": progress.divergence}),
         **({"label_smoothing": knobs.options["label_smoothing"]} if step.config["options"].get("label_smoothing") == AUTO else {}),
     }, note(session, step))
 

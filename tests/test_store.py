@@ -327,6 +327,29 @@ def test_beta_moves_towards_the_factor_asked_for(shop):
     assert far[-1]["beta"] < max(row["beta"] for row in far), "sharper than asked for, beta comes down again"
 
 
+LONG = ("finetune.epochs=16", "finetune.learning_rate=0.005", "finetune.timesteps=3", "finetune.groups=2", "prompts.most_train=8",
+        "sample.candidates=6")
+
+
+@pytest.mark.parametrize(("budget", "beta"), [(2, 100), (8, 100), (20, 100), (8, 3000)])
+def test_a_policy_ends_near_its_budget_of_divergence_whatever_beta_it_began_with(shop, budget, beta):
+    """48 optimiser steps, free ones end at 80: 2.4, 7.6, 20.5 and 8.1 nats were measured. The tolerance is a third."""
+    out = shop.train(1, *LONG, f"finetune.divergence={budget}", f"finetune.beta={beta}")
+    assert numbers_of(out)["divergence"] == pytest.approx(budget, rel=1 / 3)
+    assert steps_of(out)[0]["divergence"] == pytest.approx(0, abs=1e-6)  # but for rounding
+
+
+def test_without_a_budget_it_ends_elsewhere_and_a_budget_changes_no_first_step(shop):
+    free, held = (shop.train(1, *LONG, *more) for more in ((), ("finetune.divergence=8",)))
+    assert numbers_of(free)["divergence"] > 30 and {row["beta"] for row in steps_of(free)} == {BETA}
+    assert steps_of(free)[0]["grad_norm"] == steps_of(held)[0]["grad_norm"]
+
+
+def test_errors_have_no_divergence(shop):
+    out = shop.train(1, ERRORS)
+    assert "divergence" not in numbers_of(out) and {row["divergence"] for row in steps_of(out)} == {None}
+
+
 # -- what the diagnosis makes of it
 
 
@@ -434,6 +457,7 @@ GOING_ON = {
     "step_dpo": (1,),
     "columns by accuracy": (1, "finetune.pick=accuracy", "finetune.timesteps=1"),
     "auto-beta": (1, "finetune.auto_beta=0.3"),
+    "a budget of divergence": (1, "finetune.divergence=1", "finetune.learning_rate=0.02"),
     "moving reference": (2, "finetune.reference=ema", "finetune.learning_rate=0.02"),
     "replay": (2, "finetune.replay=0.5", "finetune.learning_rate=0.02"),
     "fresh, prompts dropped": (1, ERRORS, "finetune.noise=fresh", "finetune.draws=3", "finetune.condition_dropout=0.3"),

@@ -198,6 +198,10 @@ class Pair(Section):
     over: Literal["group", "all"] = Field(
         "group", description="normalise within each prompt's candidates; or over all of them, so that prompts with much to gain give most pairs"
     )
+    saturate: float | None = Field(
+        None, gt=0, lt=1, description="each expert's scores above this quantile of all its candidates' count as that quantile, so that pictures "
+        "which are good already are equal: 0.8 leaves a fifth alone; best with `over: all`; null: none are"
+    )
     select: Literal["all", "best_worst", "mirror", "median_split", "pareto"] = Field(
         "all",
         description="all pairs beyond the margin; best against worst; mirror: best-worst, second-second worst and so on "
@@ -261,6 +265,11 @@ class Finetune(Section):
         "0.9 for Stable Diffusion 1.5, 0.6 for SDXL; null: none"
     )
     replay: Share = Field(0.0, description="share of the groups that come from earlier rounds' pairs; with ratio_clip")
+    guidance: Literal["auto", "sampled", "none"] = Field(
+        "auto", description="what the policy is where sample.guidance is not 1: sampled: the guided prediction, for log-probabilities and errors "
+        "(two forwards a row where there are two branches, and one pass of the reference); none: the conditional one alone (one forward a "
+        "row; for log-probabilities one pass of the reference); auto: guided for log-probabilities, as the steps were taken, and conditional for errors"
+    )
     condition_dropout: Share = Field(0.0, description="share of the places of error objectives trained without the prompt; 0 to 0.2")
     noise: Literal["tracked", "fresh"] = Field(
         "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (group, draw)"

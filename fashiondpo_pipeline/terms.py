@@ -171,6 +171,8 @@ def _idle(knobs: Finetune, terms: list[Term], taken: Taken) -> list[str]:
         (knobs.guard is not None, "slack" in heeded or not errors,
          f"finetune.guard has no effect on {names}: set it to null, or use diffusion_dpo"),
         (knobs.condition_dropout > 0, errors, f"finetune.condition_dropout works on errors: a step was taken with its prompt; {instead}"),
+        (knobs.condition_dropout > 0, knobs.guidance != "sampled",
+         "finetune.condition_dropout leaves no prompt to be guided by: set it to 0, or finetune.guidance to auto or none"),
         (knobs.noise == "fresh", errors, f"finetune.noise fresh works on errors: a step was taken with the sampler's noise; {instead}"),
         (knobs.min_snr is not None, "error" in signals, f"finetune.min_snr works on errors: {instead}"),
         (knobs.step_weight != "equal", "log_prob" in signals,

@@ -43,7 +43,7 @@ COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's
 # Knobs of `finetune` that change no optimiser step, so that they are in no claim of one.
 UNTRAINED = {"checkpoint_every", "negative", "strength", "strengths", "strength_prompts", "strength_pictures", "strength_floor"}
 # Knobs that came later -> the value at which a step is what it was before there was the knob: its claim is then the old one.
-LATER = {"divergence": None}
+LATER = {"divergence": None, "guidance": "auto", "saturate": None}
 SHARED = ("encode", "sample", "embed", "score", "finetune", "latents")  # stages in which several processes each do a share
 
 

@@ -170,7 +170,9 @@ class Costs:
         saved = saved_steps(sampled["save"], sampled["steps"])
         used = [] if fresh else [saved[place] for place in in_window(saved, sampled["steps"], knobs.window)]
         columns = knobs.draws if fresh else len(used)
-        branches = sum(self.branches(sampled, number) for number in used) / columns if "log_prob" in signals else 1.0
+        guided = knobs.guidance == "sampled" or (knobs.guidance == "auto" and "log_prob" in signals)
+        walk = used or [number * sampled["steps"] // columns for number in range(columns)]  # fresh draws are spread over it
+        branches = sum(self.branches(sampled, number) for number in walk) / columns if guided else 1.0
         k, groups = sampled["candidates"], self._groups(step)
         passed = round(knobs.epochs * groups * k * min(knobs.timesteps, columns) * branches)
         # of a unit larger than a micro-batch, all but the last piece goes through twice
@@ -181,7 +183,8 @@ class Costs:
         replayed = groups - len(self.session.prompts["train"])
         if knobs.reference == "ema" or (compares and not (sampled["predictions"] and not fresh and as_drawn and not replayed)):
             asked += passed  # a live reference
-        recorded = as_drawn and not fresh and not knobs.condition_dropout and knobs.precision == "no"
+        same = knobs.guidance == "auto" or sampled["guidance"] == 1 or (knobs.guidance, signals) == ("none", ["error"])
+        recorded = same and as_drawn and not fresh and not knobs.condition_dropout and knobs.precision == "no"
         recorded &= getattr(self.session._generator, "rounds_alike", True)
         asked += round((replayed if recorded else groups) * k * columns * branches)
         return passed, asked

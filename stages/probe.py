@@ -118,9 +118,10 @@ class Probe:
         """Forward and backward of a micro-batch as finetuning has it, an optimiser step, and the adapter's file."""
         step, generator = self.round.finetune, self.generator
         knobs, sampled = knobs_of(step), self.round.sample.config
-        guided = "log_prob" in signals_of(terms_of(knobs), knobs.signal)
+        by_steps = "log_prob" in signals_of(terms_of(knobs), knobs.signal)
+        guided = knobs.guidance == "sampled" or (knobs.guidance == "auto" and by_steps)
         saved = saved_steps(sampled["save"], sampled["steps"])
-        columns = knobs.draws if knobs.noise == "fresh" and not guided else len(saved)
+        columns = knobs.draws if knobs.noise == "fresh" and not by_steps else len(saved)
         rows = min(knobs.micro_batch, knobs.groups * min(knobs.timesteps, columns) * sampled["candidates"])
         self.session.say(f"probe: forward and backward of {rows} rows, {knobs.adapter}")
         memory.forget()

@@ -152,6 +152,12 @@ def randomise(weights: dict) -> None:
         ("sample.guidance=3", "sample.guidance_interval=[0.3, 0.7]", "sample.guidance_rescale=0.5"),
         ("finetune.step_weight=density",),
         (ERRORS, "sample.guidance=3"),
+        ("sample.guidance=3", "finetune.guidance=none"),
+        ("sample.guidance=3", "finetune.guidance=sampled"),
+        (ERRORS, "sample.guidance=3", "finetune.guidance=none"),
+        (ERRORS, "sample.guidance=3", "finetune.guidance=sampled"),
+        (ERRORS, "sample.guidance=3", "finetune.guidance=sampled", "finetune.noise=fresh", "finetune.draws=3"),
+        ("finetune.guidance=sampled",),
         (ERRORS, "finetune.min_snr=5"),
         (ERRORS, "finetune.noise=fresh", "finetune.draws=3", "finetune.min_snr=5"),
         (ERRORS, "finetune.condition_dropout=0.5"),
@@ -163,6 +169,7 @@ def test_grouped_gradients_from_disk_are_those_of_a_pair_loop_with_a_live_refere
     opened = Opened(*(shop if prediction == "epsilon" else shop_v).until(1, *sets))
     store = opened.store
     asks = "finetune.noise=fresh" in sets or any("dropout" in knob for knob in sets)
+    asks |= "sample.guidance=3" in sets and ("finetune.guidance=sampled" in sets or ("finetune.guidance=none" in sets and ERRORS not in sets))
     assert opened.reference.rows_before == (len(store.names) * store.columns if asks else 0)
     randomise(opened.weights)
     ours = opened.gradients()
@@ -179,6 +186,41 @@ def test_grouped_gradients_from_disk_are_those_of_a_pair_loop_with_a_live_refere
         most = weight.grad.abs().max().item()
         assert most > 0
         assert torch.allclose(ours[name], weight.grad, rtol=5e-3, atol=5e-3 * most), name
+
+
+@pytest.mark.parametrize("signal", ["log_prob", "error"])
+@pytest.mark.parametrize(("guidance", "branches"), [("auto", {"log_prob": 2, "error": 1}), ("sampled", {"log_prob": 2, "error": 2}),
+                                                    ("none", {"log_prob": 1, "error": 1})])
+def test_the_policy_is_the_guided_prediction_or_the_conditional_one_as_asked(shop, signal, guidance, branches):
+    """By hand: the branches of the prompt and of none mixed at the sampler's scale, and what each signal is made of."""
+    sets = ("sample.guidance=3", f"finetune.guidance={guidance}", *([ERRORS] if signal == "error" else []))
+    opened = Opened(*shop.until(1, *sets))
+    store, rows, columns = opened.store, np.array([0, 1]), np.array([1, 2])
+    calls = []
+    denoise = opened.generator.denoise
+    opened.generator.denoise = lambda x_t, t, parts: calls.append(len(x_t)) or denoise(x_t, t, parts)
+    try:
+        with torch.no_grad():
+            found = store.predict(rows, columns)[0 if signal == "log_prob" else -1]
+    finally:
+        del opened.generator.denoise
+    assert calls == [2 * branches[signal]]
+    spot = store.spot(rows, columns)
+    both = opened.generator
+    both.encodings = opened.made.encodings(opened.step.inputs["encode"], [*store._prompts, ""])
+    conditions = [both.condition([{"prompt": store._prompts[row]}], Guidance(3.0), "") for row in rows]
+    with torch.no_grad():
+        with_prompt, without = (torch.cat([denoise(spot.x_t[n : n + 1], spot.t[n : n + 1], condition.branch(branch))
+                                           for n, condition in enumerate(conditions)]) for branch in (0, 1))
+    wanted = without + 3 * (with_prompt - without) if branches[signal] == 2 else with_prompt
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not torch.allclose(with_prompt, without + 3 * (with_prompt - without), atol=1e-4)
+
+
+def test_every_objective_trains_on_the_guided_prediction(shop):
+    for name in BUILTIN:
+        out = shop.train(1, "sample.guidance=3", "finetune.guidance=sampled", f"finetune.objective={name}")
+        assert all(math.isfinite(row["loss"]) for row in steps_of(out)), name
 
 
 # -- what is read

@@ -397,6 +397,11 @@ def _section(override: str) -> str:
     return re.split("[.=]", override.strip())[0]
 
 
+def prefix_of(sample: Step) -> str:
+    """What the names of steps on a sample step's pictures begin with: nothing for candidates."""
+    return next((prefix for prefix in ("held-out-", "strength-") if sample.name.startswith(prefix)), "")
+
+
 def claimed(section: Finetune | Pair, exclude: Collection[str] = ()) -> dict:
     """What a claim says of a section's knobs."""
     return {name: value for name, value in section.model_dump(exclude=set(exclude)).items() if name not in LATER or value != LATER[name]}
@@ -603,7 +608,7 @@ class _Builder:
                 continue
             identity = self.tower_identity(tuple(tower))
             label = Path(tower[0].rpartition(":")[2]).name
-            prefix = sample.name.removesuffix("sample")
+            prefix = prefix_of(sample)
             found[identity] = Step("embed", f"{prefix}embed-{label}", sample.round, VERSIONS["embed"], {}, {"sample": sample},
                                    {"tower": identity}, {"tower": tower})
         return found
@@ -614,7 +619,7 @@ class _Builder:
         return [name for name in self.config.experts if getattr(self.session.make(name), "held_out", True)]
 
     def scores(self, sample: Step, embeddings: dict[str, Step], prepared: dict[str, Step]) -> dict[str, Step]:
-        prefix = sample.name.removesuffix("sample")  # held-out-, strength- or nothing
+        prefix = prefix_of(sample)
         found = {}
         for name in self.held_out_experts if prefix else self.config.experts:
             config, inputs, files = self._expert(name)

@@ -268,7 +268,7 @@ class Finetune(Section):
     guidance: Literal["auto", "sampled", "none"] = Field(
         "auto", description="what the policy is where sample.guidance is not 1: sampled: the guided prediction, for log-probabilities and errors "
         "(two forwards a row where there are two branches, and one pass of the reference); none: the conditional one alone (one forward a "
-        "row; for log-probabilities one pass of the reference); auto: guided for log-probabilities, as the steps were taken, and conditional for errors"
+        "row; for log-probabilities one pass of the reference); auto: guided for log-probabilities, as the steps were taken, conditional for errors"
     )
     condition_dropout: Share = Field(0.0, description="share of the places of error objectives trained without the prompt; 0 to 0.2")
     noise: Literal["tracked", "fresh"] = Field(

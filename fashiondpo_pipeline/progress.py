@@ -51,12 +51,13 @@ class Progress:
         means = tally.means()
         factor = means.pop("factor")
         self.rows.append({"step": number, "epoch": epoch, **means, "grad_norm": norm, "learning_rate": learning_rate, "beta": self.beta,
-                          "divergence": tally.divergence if math.isfinite(tally.divergence) else None, "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
+                          "divergence": tally.divergence if math.isfinite(tally.divergence) else None,
+                          "pairs": int(tally.sums["pairs"]), "rows": int(tally.sums["rows"])})
         self.by_column[epoch] += tally.by_column
         if knobs.auto_beta is not None and factor == factor:
             self._move(BETA_RATE * (factor - knobs.auto_beta), BETA_RANGE)
         if knobs.divergence is not None:
-            # at a steady pull a policy gets as far as the learning rates carry it, and divergence is the square of how far
+            # at a steady pull a policy gets as far as the learning rates carry it; divergence is the square of how far
             off = ahead(tally.divergence, knobs.divergence * travel**2)
             self._move(BUDGET_RATE * off + BUDGET_NOW * (off - (off if self.off is None else self.off)), BUDGET_RANGE)
             self.off = off

@@ -293,11 +293,14 @@ class Store:
             "scale": scale.get("error"), "slack": slack, "turned_slack": turned,
             "share": None if batch.share is None else batch.share.to(self.device), **scores,
         }
-        ratio = own["log_prob"] - reference["log_prob"] if "log_prob" in self.signals else None
-        common["log_ratio"] = None if ratio is None else ratio.detach()
-        gains = {"log_prob": lambda: ratio * scale["log_prob"],
-                 "error": lambda: (reference["error"] - own["error"]) / 2 * scale["error"]}
-        return {signal: Evidence(gain=gains[signal](), **common) for signal in self.signals}
+        gains = {}
+        if "log_prob" in self.signals:
+            ratio = own["log_prob"] - reference["log_prob"]
+            common["log_ratio"] = ratio.detach()
+            gains["log_prob"] = ratio * scale["log_prob"]
+        if "error" in self.signals:
+            gains["error"] = (reference["error"] - own["error"]) / 2 * scale["error"]
+        return {signal: Evidence(gain=gains[signal], **common) for signal in self.signals}
 
     # -- what the reference says
 

@@ -156,7 +156,8 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Of every pair; NaN where there is none. The loss is a mean already."""
         pairs = self.sums["pairs"] or float("nan")
-        return {"loss": self.sums["loss"]} | {name: value / pairs for name, value in self.sums.items() if name not in ("loss", "pairs", "rows", "square")}
+        others = ("loss", "pairs", "rows", "square")
+        return {"loss": self.sums["loss"]} | {name: value / pairs for name, value in self.sums.items() if name not in others}
 
     @property
     def divergence(self) -> float:

@@ -228,3 +228,21 @@ def test_by_default_nothing_is_scaled():
     assert validate({"finetune": {"strength": "auto"}}, "here").finetune.strength == "auto"
     with pytest.raises(UserError):
         validate({"finetune": {"strength": "auto", "adapter": "full"}}, "here")
+
+
+# -- with the rest
+
+
+def test_every_means_goes_through_three_rounds_together_with_replay(place):
+    """Strength, a budget, saturated pairs, the guided policy and earlier rounds' candidates; a second call finds all of it done."""
+    sets = [*AUTO, *BRIGHT]
+    for text in ("finetune.replay=0.5", "finetune.divergence=1.0", "pair.saturate=0.9", "pair.over=all", "pair.margin=0.0", "sample.guidance=2.0",
+                 "finetune.guidance=sampled", "finetune.objective={grpo: 1, anchor: 0.1}"):
+        sets += ["--set", text]
+    works("round", *sets)
+    run = place / "runs/t"
+    for number in (1, 2, 3):
+        trained = numbers(folder_of(run, number, "finetune"))
+        assert trained["divergence"] >= 0
+        assert trained["replayed_groups"] > 0 if number > 1 else trained["replayed_groups"] == 0
+    assert "nothing to do" in works("round", *sets).err

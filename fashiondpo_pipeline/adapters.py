@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fashiondpo_pipeline.errors import UserError, check_pulled
@@ -185,6 +185,22 @@ def load(denoiser: Denoiser, folder: Path, targets: list[str] | None = None) -> 
     set_peft_model_state_dict(denoiser, weights, adapter_name=POLICY)
 
 
+def strengthened(folder: Path, target: Path, strength: float) -> None:
+    """The LoRA in `folder` with its change over the base multiplied by `strength`, saved in `target`. Raises UserError for another kind."""
+    file = Path(folder) / FILE
+    if not file.is_file():
+        raise UserError(f"{file} is not there: finetune.strength needs a plain LoRA (finetune.adapter: lora or rslora)")
+    tensors = _read(file)
+    if any("lora_magnitude_vector" in name for name in tensors):
+        raise UserError(f"{file} is weight-decomposed, which no strength multiplies: finetune.strength needs finetune.adapter lora or rslora")
+    with safe_open(file, framework="pt") as opened:
+        notes = opened.metadata()
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({name: t * strength if "lora_B" in name else t for name, t in tensors.items()}, target / FILE, notes)
+    order_header(target / FILE)
+    as_umask_asks(target)
+
+
 def _load_full(denoiser: Denoiser, file: Path) -> None:
     detach(denoiser)
     tensors, places = _read(file), denoiser.state_dict()
@@ -308,9 +324,10 @@ def disabled(denoiser: Denoiser, really: bool = True) -> Iterator[None]:
 
 @contextmanager
 def scaled(denoiser: Denoiser, share: float) -> Iterator[None]:
-    """For a while, only a share of the LoRA's change over the base: base + share x (adapted - base), exactly, as the change is linear in B."""
+    """For a while, `share` times the LoRA's change over the base: base + share x (adapted - base), exactly, as the change is linear in B."""
     if attached(denoiser) not in ("lora", "rslora"):
-        raise UserError("finetune.reference mix needs a plain LoRA (finetune.adapter: lora or rslora): the others' change cannot be divided")
+        raise UserError("finetune.reference mix and finetune.strength need a plain LoRA (finetune.adapter: lora or rslora): the others' change "
+                        "cannot be divided")
     ups = {name: weight for name, weight in denoiser.named_parameters() if "lora_B" in name}
     whole = {name: weight.data for name, weight in ups.items()}
     for name, weight in ups.items():

@@ -65,6 +65,9 @@ def _storable(value: Any) -> Any:
 
 
 Options = Annotated[dict[str, Any], AfterValidator(_storable)]
+Strength = Annotated[
+    Literal["auto"] | Annotated[float, Field(gt=0)] | None, _only("auto, a number above 0, or null")
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Window = Annotated[
     list[Annotated[float, Field(ge=0, le=1)]],
@@ -206,6 +209,10 @@ class Pair(Section):
     over: Literal["group", "all"] = Field(
         "group", description="normalise within each prompt's candidates; or over all of them, so that prompts with much to gain give most pairs"
     )
+    saturate: float | None = Field(
+        None, gt=0, lt=1, description="each expert's scores above this quantile of all its candidates' count as that quantile, so that pictures "
+        "which are good already are equal: 0.8 leaves a fifth alone; best with `over: all`; null: none are"
+    )
     select: Literal["all", "best_worst", "mirror", "median_split", "pareto"] = Field(
         "all",
         description="all pairs beyond the margin; best against worst; mirror: best-worst, second-second worst and so on "
@@ -254,6 +261,10 @@ class Finetune(Section):
     auto_beta: float | None = Field(
         None, gt=0, lt=0.5, description="move beta so that the mean gradient factor stays near this; 0.2 to 0.45; null: beta stays as it is"
     )
+    divergence: float | None = Field(
+        None, gt=0, description="budget of divergence from the reference that beta follows, so that training ends near it: nats a picture over the "
+        "steps that are trained on, see the table of optimiser steps for what there was; log-probabilities alone; null: none"
+    )
     reference: Literal["previous", "base", "ema", "mix"] = Field(
         "previous", description="what the policy is held to: the model that drew the candidates (cached), the untuned one, a moving "
         "average of the policy, or a mix of previous and base"
@@ -265,6 +276,11 @@ class Finetune(Section):
         "0.9 for Stable Diffusion 1.5, 0.6 for SDXL; null: none"
     )
     replay: Share = Field(0.0, description="share of the groups that come from earlier rounds' pairs; with ratio_clip")
+    guidance: Literal["auto", "sampled", "none"] = Field(
+        "auto", description="what the policy is where sample.guidance is not 1: sampled: the guided prediction, for log-probabilities and errors "
+        "(two forwards a row where there are two branches, and one pass of the reference); none: the conditional one alone (one forward a "
+        "row; for log-probabilities one pass of the reference); auto: guided for log-probabilities, as the steps were taken, conditional for errors"
+    )
     condition_dropout: Share = Field(0.0, description="share of the places of error objectives trained without the prompt; 0 to 0.2")
     noise: Literal["tracked", "fresh"] = Field(
         "tracked", description="x_t of diffusion_dpo: as the sampler saved it, or x_0 with new noise keyed by (group, draw)"
@@ -312,6 +328,18 @@ class Finetune(Section):
         "attention", description="attention, attention+mlp, or a list of module names (or their ends) that get an adapter"
     )
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision (autocast) of the policy's forwards")
+    strength: Strength = Field(
+        None, description="what the LoRA's change over the base is multiplied with once it is trained, for good: a number, or auto: of "
+        "`strengths` the one whose pictures of training prompts the rewarded experts like best; null: as it was trained"
+    )
+    strengths: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+        [0.5, 1.0, 1.5, 2.0, 3.0], description="strength auto: those that are tried, beside the base"
+    )
+    strength_prompts: int = Field(32, ge=1, description="strength auto: training prompts that are drawn at each")
+    strength_pictures: int = Field(4, ge=2, le=1000, description="strength auto: pictures of each of them, from the same seeds at each strength")
+    strength_floor: float | None = Field(
+        0.7, ge=0, description="strength auto: least diversity, as a share of the base's; null: none (without CLIP it cannot be measured)"
+    )
     negative: bool = Field(
         False, description="also train a negative LoRA on swapped pairs (Diffusion-NPO), for `fdpo generate --negative`"
     )
@@ -322,6 +350,13 @@ class Finetune(Section):
         if self.reference == "mix" and self.adapter not in ("lora", "rslora"):
             raise ValueError(f"reference mix needs a plain LoRA (adapter: lora or rslora), as the change that {self.adapter} makes cannot "
                              "be divided; set one or the other")
+        return self
+
+    @model_validator(mode="after")
+    def _a_strength_can_be_set(self) -> "Finetune":
+        if self.strength is not None and self.adapter not in ("lora", "rslora"):
+            raise ValueError(f"strength needs a plain LoRA (adapter: lora or rslora), as the change that {self.adapter} makes cannot be "
+                             "multiplied; set strength to null")
         return self
 
 

@@ -83,33 +83,45 @@ def _text(key: pa.Scalar) -> str:
     return key.as_py()
 
 
+def quantile(scores: np.ndarray, share: float | None) -> float:
+    """The score that so large a share of all known ones do not exceed; infinite without a share, or a score."""
+    known = scores[np.isfinite(scores)]
+    return float(np.quantile(known, share)) if share is not None and len(known) else np.inf
+
+
 class Chooser:
     """A rule applied to a grid. What it must know of everything is gathered once; then it can go part by part, in bounded memory."""
 
-    def __init__(self, grid: Grid, rule: Rule, known: tuple[dict[str, Spread | None], float] | None = None):
+    def __init__(self, grid: Grid, rule: Rule, known: tuple[dict[str, float], dict[str, Spread | None], float] | None = None):
         self.grid, self.rule = grid, rule
         self.rewarded = [name for name, weight in rule.weights.items() if weight > 0]
         if known:
-            self._spread, self._threshold = known
+            self._most, self._spread, self._threshold = known
             return
         ranks, over_all = rule.normalise == "rank", rule.over == "all"
-        self._spread = {name: Spread.of(grid.scores[name], ranks) if over_all else None for name in self.rewarded}
+        self._most = {name: quantile(grid.scores[name], rule.saturate) for name in self.rewarded}
+        self._spread = {name: Spread.of(scores, ranks) if over_all else None for name, scores in self.saturated.items()}
         self._threshold = 0.0
         if rule.select == "median_split":
             mixed = np.concatenate([part.mixed for _, part in self.each()])
             self._threshold = float(np.nanmedian(mixed)) if np.isfinite(mixed).any() else 0.0
 
     @cached_property
+    def saturated(self) -> dict[str, np.ndarray]:
+        """Each rewarded expert's scores, those above the rule's quantile of all being that; (g, k) each."""
+        return {name: np.minimum(self.grid.scores[name], self._most[name]) for name in self.rewarded}
+
+    @cached_property
     def logits(self) -> dict[str, np.ndarray]:
         """Each rewarded expert's scores as something to put a sigmoid on, (g, k): as `winrate` takes them; else standard deviations."""
         raw = self.rule.normalise == "winrate" and self.rule.over != "all"
-        scores = {name: self.grid.scores[name] for name in self.rewarded}
+        scores = self.saturated
         return scores if raw else {name: preferences.normalise(s, "zscore", self._spread[name]) for name, s in scores.items()}
 
     @cached_property
     def normal(self) -> dict[str, np.ndarray]:
         """Each rewarded expert's normalised scores; (g, k) each."""
-        return {name: preferences.normalise(self.grid.scores[name], self.rule.normalise, self._spread[name]) for name in self.rewarded}
+        return {name: preferences.normalise(scores, self.rule.normalise, self._spread[name]) for name, scores in self.saturated.items()}
 
     @cached_property
     def mixed(self) -> np.ndarray:
@@ -135,7 +147,7 @@ class Chooser:
 
     def on(self, grid: Grid) -> "Chooser":
         """The same rule on another grid, with what it knows of everything."""
-        return Chooser(grid, self.rule, (self._spread, self._threshold))
+        return Chooser(grid, self.rule, (self._most, self._spread, self._threshold))
 
     def _choose(self, rows: slice, rule: Rule | None = None) -> Pairs:
         opinions = [normal[rows] for normal in self.normal.values()]

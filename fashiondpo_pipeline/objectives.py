@@ -13,6 +13,7 @@ needed, and never is a zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +51,7 @@ class Evidence:
     scale: Tensor | None = None  # (n,) weight of each row's error (min-SNR), 1 where None
     slack: Tensor | None = None  # (p,) share of the loser's gradient that the winner guard lets through, 1 where None
     share: Tensor | None = None  # (p,) preference for the winner, 0.5 to 1, which the training loop weighs by; 1 where None
+    log_ratio: Tensor | None = None  # (n,) ln p - ln p_ref of the step taken, nats, summed over dimensions; where it is known
     turned_slack: Tensor | None = None  # (p,) the slack of each pair turned round, where there are shares
 
     def turned(self) -> Evidence:
@@ -418,6 +420,27 @@ def nft(evidence: Evidence, *, beta: float, strength: float = 1.0, clip: float =
     return _part(_weighted(values, evidence), known), _margin(evidence, beta)
 
 
+STEEP = 3.0  # ln of a ratio from which on it goes on as a straight line: what is beyond stays finite, and is pulled back
+
+
+def grpo(evidence: Evidence, *, beta: float, clip: float = 0.2, most: float = 5.0) -> tuple[Tensor, Tensor]:
+    """Group-relative advantages: -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A).  Flow-GRPO, Liu et al. 2025 (2505.05470), eq. 5.
+
+    A: the score in standard deviations of its unit, within -most to most. ratio = exp(beta gain); the authors take the log-ratio's mean over
+    dimensions and clip at 0.0001, which is beta 2000 and clip 0.2. On log-probabilities it is Flow-GRPO on the saved walk, with
+    `step_weight: equal` evened out over steps as in GRPO-Guard (2510.22319), whose shift of the ratio's mean is left out. On errors of fresh
+    noise it is Advantage Weighted Matching, Xue et al. 2025 (2509.25050). Their KL term is left out (`anchor` is such a term).
+    """
+    _checked("clip", clip, 0 < clip < 1, "above 0 and below 1")
+    _checked("most", most, most > 0, "above 0")
+    advantage, known = _standard(evidence)
+    advantage = advantage.clamp(-most, most)
+    log_ratio = beta * _single(evidence.gain)
+    near = log_ratio.clamp(max=STEEP).exp()
+    ratio = near + math.exp(STEEP) * (log_ratio - STEEP).clamp(min=0)
+    return _part(-torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage), known), _margin(evidence, beta)
+
+
 # -- one value a unit
 
 
@@ -488,6 +511,7 @@ CAPO = Objective(capo, "pair", needs=("opinions",), heeds=GUARDED)
 ANCHOR = Objective(anchor, "candidate", needs=("prediction", "ref_prediction"), heeds=())
 KTO = Objective(kto, "candidate", outright=True)  # a picture is good or bad to it
 NFT = Objective(nft, "candidate", "error", needs=("score", "prediction", "ref_prediction", "wanted"), heeds=())
+GRPO = Objective(grpo, "candidate", needs=("score",))
 PLACKETT_LUCE = Objective(plackett_luce, "unit", needs=("score",), by_order=True)
 RANKDPO = Objective(rankdpo, "unit", needs=("opinions",), by_order=True)
 DGPO = Objective(dgpo, "unit", needs=("score",))
@@ -509,6 +533,7 @@ BUILTIN: dict[str, Objective] = {
     "anchor": ANCHOR,
     "kto": KTO,
     "nft": NFT,
+    "grpo": GRPO,
     "plackett_luce": PLACKETT_LUCE,
     "rankdpo": RANKDPO,
     "dgpo": DGPO,

@@ -21,6 +21,7 @@ class Rule:
     weights: dict[str, float]
     normalise: str = "zscore"
     over: str = "group"
+    saturate: float | None = None
     select: str = "all"
     margin: float = 0.5
     agree: float | None = None

@@ -33,7 +33,7 @@ class Reference:
         self.weights = weights
         self.start = self._beginning() if self.live and (kind != "base" or first) else None
         # mixed precision and compiled code round otherwise: then even the model that drew the candidates is asked anew
-        alike = knobs.precision == "no" and getattr(generator, "rounds_alike", True)
+        alike = knobs.precision == "no" and getattr(generator, "rounds_alike", True) and store.as_recorded
         if self.is_policy and not store.fresh and not knobs.condition_dropout and alike:
             self.numbers = {name: values.copy() for name, values in store.recorded().items()}
             if len(replayed):

@@ -155,7 +155,7 @@ OBJECTIVES = Registry(
     {
         name: f"fashiondpo_pipeline.objectives:{name.upper()}"
         for name in ("diffusion_dpo", "step_dpo", "ipo", "hinge", "cdpo", "robust_dpo", "soft_dpo", "margin_dpo", "sft", "winner_rise", "mapo",
-                     "dspo", "capo", "anchor", "kto", "nft", "plackett_luce", "rankdpo", "dgpo")
+                     "dspo", "capo", "anchor", "kto", "nft", "grpo", "plackett_luce", "rankdpo", "dgpo")
     },
     lambda found: None if type(found).__name__ == "Objective" else f"it is a {type(found).__name__}, not an objectives.Objective",
     {"dpo": "write step_dpo (log-probabilities of the steps taken) or diffusion_dpo (errors)"},

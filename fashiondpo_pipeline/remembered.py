@@ -134,9 +134,17 @@ def _hashes(place: Path) -> Hashes:
 def _keep(place: Path) -> None:
     _put(place, _folders[place])
     _written.pop(place, None)
-    there = sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns) if place.parent.is_dir() else []
-    for path in there[: len(there) - FOLDERS]:
+    ages = {path: age for path in place.parent.glob("*.json") if (age := _written_at(path)) is not None} if place.parent.is_dir() else {}
+    for path in sorted(ages, key=lambda path: ages[path])[: len(ages) - FOLDERS]:
         path.unlink(missing_ok=True)
+
+
+def _written_at(path: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None where another process has just taken it away."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def keep_all() -> None:

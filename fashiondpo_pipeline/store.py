@@ -84,8 +84,23 @@ class Store:
 
     @property
     def keeps_predictions(self) -> bool:
-        """Whether the sample stage kept its predictions, and they are of use here."""
-        return bool(self.sampled.get("predictions")) and not self.fresh
+        """Whether the sample stage kept its predictions, which are conditional, and they are of use here."""
+        return bool(self.sampled.get("predictions")) and not self.fresh and (self.knobs.guidance != "sampled" or not self.steers)
+
+    @property
+    def steers(self) -> bool:
+        """Whether guided and conditional predictions differ."""
+        return self.guidance.scale != 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether the denoiser is asked about every branch of the guidance."""
+        return self.knobs.guidance == "sampled" or (self.knobs.guidance == "auto" and "log_prob" in self.signals)
+
+    @property
+    def as_recorded(self) -> bool:
+        """Whether the policy is what the sampler recorded: guided log-probabilities, conditional errors."""
+        return self.knobs.guidance == "auto" or not self.steers or (self.knobs.guidance, self.signals) == ("none", ["error"])
 
     def _add(self, row: dict, prompt: str, suffix: str) -> None:
         shape, n = self.generator.latent_shape, len(self.names)
@@ -135,10 +150,10 @@ class Store:
             t = torch.from_numpy(self._timesteps[self._use])
             self._t = t.long() if float(t.sum()) == float(t.long().sum()) else t.float()
         self._scale = {signal: self._scales(signal) for signal in self.signals}  # (columns,) each
-        guidance = self.guidance if "log_prob" in self.signals else Guidance(self.guidance.scale)
+        guidance = self.guidance if self.guided else Guidance(self.guidance.scale)
         for prompt in dict.fromkeys(self._prompts):
             condition = self.generator.condition([{"prompt": prompt}], guidance, self.sampled["negative"])
-            self._conditions[prompt] = condition.steered(guidance, self.schedule) if "log_prob" in self.signals else condition.alone()
+            self._conditions[prompt] = condition.steered(guidance, self.schedule) if self.guided else condition.alone()
         if self.knobs.condition_dropout:
             self._nothing = self.generator.condition([{"prompt": ""}], guidance, self.sampled["negative"]).alone()
 
@@ -211,13 +226,16 @@ class Store:
     # -- what is said
 
     def predict(self, rows: np.ndarray, columns: np.ndarray) -> Predictions:
-        """(guided, conditional) predictions of the denoiser as it is now; one tensor where they are one."""
+        """(prediction for log-probabilities, for errors) of the denoiser as it is now; one tensor where they are one.
+
+        The guided and the conditional one, unless `finetune.guidance` says that the policy is one of them.
+        """
         if not torch.is_grad_enabled():
             self.rows_without_gradient += len(rows)
         spot = self.spot(rows, columns)
         with autocast(self.device, self.knobs.precision):
             guided, conditional = predict(self.generator.denoise, spot.x_t, spot.t, spot.condition)
-        return (guided,) if guided is conditional else (guided, conditional)
+        return (guided,) if guided is conditional or self.knobs.guidance == "sampled" else (guided, conditional)
 
     def signals_of(self, rows: np.ndarray, columns: np.ndarray, spot: Spot, predictions: Predictions) -> dict[str, Tensor]:
         """ln p of the step taken summed over dimensions, and the mean squared error, (n,) float64 each, unweighted."""
@@ -275,9 +293,14 @@ class Store:
             "scale": scale.get("error"), "slack": slack, "turned_slack": turned,
             "share": None if batch.share is None else batch.share.to(self.device), **scores,
         }
-        gains = {"log_prob": lambda: (own["log_prob"] - reference["log_prob"]) * scale["log_prob"],
-                 "error": lambda: (reference["error"] - own["error"]) / 2 * scale["error"]}
-        return {signal: Evidence(gain=gains[signal](), **common) for signal in self.signals}
+        gains = {}
+        if "log_prob" in self.signals:
+            ratio = own["log_prob"] - reference["log_prob"]
+            common["log_ratio"] = ratio.detach()
+            gains["log_prob"] = ratio * scale["log_prob"]
+        if "error" in self.signals:
+            gains["error"] = (reference["error"] - own["error"]) / 2 * scale["error"]
+        return {signal: Evidence(gain=gains[signal], **common) for signal in self.signals}
 
     # -- what the reference says
 

@@ -4,6 +4,7 @@ A unit is one group at one saved step (or draw): its candidates share the timest
 for each of them. An optimiser step takes several units; micro-batches are whole units, so accumulation changes nothing.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class Tally:
 
     def __init__(self, columns: int):
         self.sums = dict.fromkeys(("loss", "margin", "accuracy", "winner", "loser", "winner_error", "loser_error", "clipped", "factor",
-                                   "pairs", "rows"), 0.0)
+                                   "pairs", "rows", "square"), 0.0)
         self.by_column = torch.zeros(columns, len(_COUNTS), dtype=torch.float64)
         self.widest = 0.0
 
@@ -145,6 +146,7 @@ class Tally:
         self.sums["loss"] += float(loss.detach())
         self.sums["pairs"] += len(margin)
         self.sums["rows"] += len(batch.rows)
+        self.sums["square"] += math.nan if evidence.log_ratio is None else float((evidence.log_ratio.double() ** 2).sum())
         if len(margin):
             self.widest = max(self.widest, float(margin.abs().max()))
         columns = torch.from_numpy(batch.columns)[winner]
@@ -154,7 +156,18 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Of every pair; NaN where there is none. The loss is a mean already."""
         pairs = self.sums["pairs"] or float("nan")
-        return {"loss": self.sums["loss"]} | {name: value / pairs for name, value in self.sums.items() if name not in ("loss", "pairs", "rows")}
+        others = ("loss", "pairs", "rows", "square")
+        return {"loss": self.sums["loss"]} | {name: value / pairs for name, value in self.sums.items() if name not in others}
+
+    @property
+    def divergence(self) -> float:
+        """Divergence from the reference over the steps that are trained on, nats a picture; NaN without log-probabilities.
+
+        For a Gaussian step that the reference took, of divergence k, the log-ratio has mean square 2k + k^2; so k is estimated as
+        sqrt(1 + mean square) - 1, which needs no forward of the reference, and is added up over the columns.
+        """
+        square = self.sums["square"] / self.sums["rows"] if self.sums["rows"] else math.nan
+        return (math.sqrt(1 + square) - 1) * len(self.by_column)
 
 
 Predictions = tuple[Tensor, ...]  # what the network says of n places, each (n, c, h, w)

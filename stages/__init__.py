@@ -18,9 +18,9 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fashiondpo_pipeline import devices, diagnosis, experts, memory, panel
+from fashiondpo_pipeline import devices, diagnosis, experts, memory, panel, seeds
 from fashiondpo_pipeline.checkpoints import Source, lora_identity, open_source
-from fashiondpo_pipeline.config import Config, Pair, Setting, settings_of
+from fashiondpo_pipeline.config import Config, Finetune, Pair, Setting, settings_of
 from fashiondpo_pipeline.embedded import locate
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.experts import recorded
@@ -37,9 +37,13 @@ from stages.naming import written
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
 VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 3, "latents": 2, "adopt": 2,
-            "disturb": 1}
+            "disturb": 1, "strengthen": 1}
 COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; they import torch
 DISTURBED = 128  # pictures by which the judge's noise is measured
+# Knobs of `finetune` that change no optimiser step, so that they are in no claim of one.
+UNTRAINED = {"checkpoint_every", "negative", "strength", "strengths", "strength_prompts", "strength_pictures", "strength_floor"}
+# Knobs that came later -> the value at which a step is what it was before there was the knob: its claim is then the old one.
+LATER = {"divergence": None, "guidance": "auto", "saturate": None}
 SHARED = ("encode", "sample", "embed", "score", "finetune", "latents")  # stages in which several processes each do a share
 
 
@@ -95,6 +99,18 @@ class Round(Watched):
     finetune: Step
     evaluate: Step
     negative: Step | None = None
+    strength: Step | None = None  # its adapter is the finetuning's at the strength of `finetune.strength`
+    tried: tuple[Step, ...] = ()  # pictures of training prompts at several strengths, and their scores
+
+    @property
+    def adapter(self) -> Step:
+        """The step whose adapter is the round's."""
+        return self.strength or self.finetune
+
+    @property
+    def trained(self) -> list[Step]:
+        """All that `fdpo finetune` makes of the round's pairs."""
+        return [self.finetune, *self.tried, *(step for step in (self.strength, self.negative) if step)]
 
     @property
     def imported(self) -> bool:
@@ -130,10 +146,9 @@ class Chain:
         r = self.rounds[number]
         if number == 0:
             return [self.encode, *self.prepared.values(), *r.watching]
-        trained = [r.finetune, *([r.negative] if r.negative else [])]
         if r.imported:
-            return [r.pair, r.finetune.inputs["encode"], r.sample, *trained, *r.watching, r.evaluate]
-        return [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, *trained, *r.watching, r.evaluate]
+            return [r.pair, r.finetune.inputs["encode"], r.sample, *r.trained, *r.watching, r.evaluate]
+        return [r.sample, *r.embeddings.values(), *r.scores.values(), r.pair, *r.trained, *r.watching, r.evaluate]
 
 
 class Session:
@@ -246,6 +261,15 @@ class Session:
             return done[-1].number if done else 0
         found = {r.number: self.output(r.evaluate).manifest["numbers"] for r in done}
         return diagnosis.best_round(found, self.config.evaluate.judge or "mix", self.config.evaluate.drift)
+
+    def drawn(self, sample: Step) -> list[dict]:
+        """The prompts that a sample step draws: a whole split, or a keyed choice of so many."""
+        rows, config = self.prompts[sample.args["split"]].rows, sample.config
+        if "prompts" not in config:
+            return rows
+        keys = {row["group"]: seeds.key(config["seed"], config["stream"], row["group"]) for row in rows}
+        chosen = set(sorted(keys, key=lambda group: keys[group])[: config["prompts"]])
+        return [row for row in rows if row["group"] in chosen]
 
     # -- models
 
@@ -399,6 +423,16 @@ def _section(override: str) -> str:
     return re.split("[.=]", override.strip())[0]
 
 
+def prefix_of(sample: Step) -> str:
+    """What the names of steps on a sample step's pictures begin with: nothing for candidates."""
+    return next((prefix for prefix in ("held-out-", "strength-") if sample.name.startswith(prefix)), "")
+
+
+def claimed(section: Finetune | Pair, exclude: Collection[str] = ()) -> dict:
+    """What a claim says of a section's knobs."""
+    return {name: value for name, value in section.model_dump(exclude=set(exclude)).items() if name not in LATER or value != LATER[name]}
+
+
 class _Builder:
     """Turns a configuration into claims. Each knob enters the claim of the stages that it changes, and no other."""
 
@@ -476,7 +510,7 @@ class _Builder:
         return Step("encode", "encode", 0, VERSIONS["encode"], config, {}, files, implied=True)
 
     def round(self, number: int, before: Watched, base: Watched, prepared: dict[str, Step]) -> Round:
-        adapter = before.finetune if isinstance(before, Round) else None
+        adapter = before.adapter if isinstance(before, Round) else None
         imported = self.pairs.get(number)
         if isinstance(imported, PairSet):
             return self.imported(number, before, base, prepared, imported)
@@ -487,13 +521,14 @@ class _Builder:
         section = imported or own.pair
         rewarded = {f"score-{name}": scores[name] for name, weight in section.weights.items() if weight > 0}
         labels = {"seed": self.config.seed} if section.labels == "random" else {}
-        pair = Step("pair", "pair", number, VERSIONS["pair"], section.model_dump() | labels, {"sample": sample, **rewarded})
+        pair = Step("pair", "pair", number, VERSIONS["pair"], claimed(section) | labels, {"sample": sample, **rewarded})
         finetune = self.finetune(number, sample, pair, adapter)
         negative = self.finetune(number, sample, pair, adapter, negative=True) if own.finetune.negative else None
-        after = self.watched(number, finetune, prepared)
+        strength, tried = self.strength(number, finetune, section, prepared)
+        after = self.watched(number, strength or finetune, prepared)
         evaluate = self.evaluate(base, before, after, section, {"pair": pair, "finetune": finetune})
         return Round(**vars(after), sample=sample, embeddings=embeddings, scores=scores, pair=pair, finetune=finetune,
-                     evaluate=evaluate, negative=negative)
+                     evaluate=evaluate, negative=negative, strength=strength, tried=tried)
 
     def imported(self, number: int, before: Watched, base: Watched, prepared: dict[str, Step], pairs: PairSet) -> Round:
         """A round without a sampler: the pictures and pairs of an imported set, fresh noise on them."""
@@ -508,9 +543,9 @@ class _Builder:
                        {"generator": self.session.generator_identity, **files}, args)
         pair = Step("adopt", "pair", number, VERSIONS["adopt"], {"shares": True} if pairs.shares else {}, {}, files, args)
         sampled = {"steps": s.steps, "guidance": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "eta": 0.0, "negative": ""}
-        adapter = before.finetune if isinstance(before, Round) else None
+        adapter = before.adapter if isinstance(before, Round) else None
         inputs = {"encode": encode, "sample": latents, "pair": pair, **({"adapter": adapter} if adapter else {})}
-        own = knobs.model_dump(exclude={"checkpoint_every", "negative"})
+        own = claimed(knobs, UNTRAINED)
 
         def trained(swapped: bool) -> Step:
             config = own | {"seed": self.config.seed, "round": number, "swapped": swapped, "sampled": sampled} | self.generator
@@ -518,10 +553,57 @@ class _Builder:
                         {"generator": self.session.generator_identity}, args)
 
         finetune = trained(False)
-        after = self.watched(number, finetune, prepared)
+        strength, tried = self.strength(number, finetune, mine.pair, prepared)
+        after = self.watched(number, strength or finetune, prepared)
         evaluate = self.evaluate(base, before, after, mine.pair, {"pair": pair, "finetune": finetune})
         return Round(**vars(after), sample=latents, embeddings={}, scores={}, pair=pair, finetune=finetune, evaluate=evaluate,
-                     negative=trained(True) if knobs.negative else None)
+                     negative=trained(True) if knobs.negative else None, strength=strength, tried=tried)
+
+    def strength(self, number: int, finetune: Step, section: Pair, prepared: dict[str, Step]) -> tuple[Step | None, tuple[Step, ...]]:
+        """(step that gives the adapter its strength, what it reads of pictures at several); None and nothing where it stays as trained.
+
+        Pictures, embeddings and scores are steps as a round's own are, so that they resume and are planned as those.
+        """
+        knobs = self.config.of_round(number).finetune
+        if knobs.strength is None:
+            return None, ()
+        if knobs.strength != "auto":
+            return Step("strengthen", "strength", number, VERSIONS["strengthen"], {"strength": knobs.strength}, {"adapter": finetune}), ()
+        weights = {name: weight for name, weight in section.weights.items() if weight > 0 and name in self.held_out_experts}
+        if not weights:
+            raise UserError("finetune.strength auto asks the rewarded experts about pictures of training prompts, and none of them is asked "
+                            "but about candidates: give it a number, or null")
+        sample = self.draw_strengths(number, finetune)
+        embeddings = self.embed(sample)
+        if knobs.strength_floor is not None and not embeddings:
+            raise UserError("finetune.strength_floor is a share of diversity, which is measured in CLIP, and no expert has a CLIP: "
+                            "set it to null, or add one")
+        scores = {f"score-{name}": step for name, step in self.scores(sample, embeddings, prepared).items() if name in weights}
+        config = {"strength": "auto", "floor": knobs.strength_floor, "weights": weights,
+                  **({"labels": section.labels, "seed": self.config.seed} if section.labels != "scored" else {})}
+        tower = {"embed": next(iter(embeddings.values()))} if knobs.strength_floor is not None else {}
+        needed = {step.folder: step for step in [*tower.values(), *(s.inputs["embed"] for s in scores.values() if "embed" in s.inputs)]}
+        step = Step("strengthen", "strength", number, VERSIONS["strengthen"], config,
+                    {"adapter": finetune, "sample": sample, **tower, **scores})
+        return step, (sample, *needed.values(), *scores.values())
+
+    def draw_strengths(self, number: int, finetune: Step) -> Step:
+        """Pictures of some training prompts by the base and at each strength that is tried, as the round's candidates are drawn.
+
+        Candidates 0 to n - 1 are the base's, the next n those of the first strength, from the same seeds, and so on.
+        """
+        own = self.config.of_round(number)
+        knobs, s = own.finetune, own.sample
+        strengths = [0.0, *sorted(set(knobs.strengths))]
+        config = {
+            "seed": self.config.seed, "stream": f"strength {number}", "prompts": knobs.strength_prompts, "strengths": strengths,
+            "candidates": knobs.strength_pictures * len(strengths), "steps": s.steps, "guidance": s.guidance, "eta": s.eta,
+            "guidance_interval": s.guidance_interval, "guidance_rescale": s.guidance_rescale,
+            "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile, **self.generator,
+        }
+        version = VERSIONS["sample"] + self.drawn_anew(config["steps"])
+        return Step("sample", "strength-sample", number, version, config, {"encode": self.encode, "adapter": finetune},
+                    {"generator": self.session.generator_identity, "prompts": self.session.prompts[TRAIN].identity}, {"split": TRAIN})
 
     def watched(self, number: int, finetune: Step | None, prepared: dict[str, Step]) -> Watched:
         """A round's held-out draws and their scores; the base's where nothing was finetuned."""
@@ -592,9 +674,9 @@ class _Builder:
                 continue
             identity = self.tower_identity(tuple(tower))
             label = Path(tower[0].rpartition(":")[2]).name
-            prefix = "held-out-" if sample.name.startswith("held-out") else ""
-            found[identity] = Step("embed", f"{prefix}embed-{label}{sample.args['label']}", sample.round, VERSIONS["embed"], {},
-                                   {"sample": sample}, {"tower": identity}, {"tower": tower, "label": sample.args["label"]})
+            prefix, which = prefix_of(sample), sample.args.get("label", "")
+            found[identity] = Step("embed", f"{prefix}embed-{label}{which}", sample.round, VERSIONS["embed"], {},
+                                   {"sample": sample}, {"tower": identity}, {"tower": tower, "label": which})
         return found
 
     @property
@@ -605,7 +687,7 @@ class _Builder:
     def scores(self, sample: Step, embeddings: dict[str, Step], prepared: dict[str, Step],
                names: Collection[str] | None = None) -> dict[str, Step]:
         """One step for each of these experts; None: for each who is asked about such pictures."""
-        prefix, label = "held-out-" if sample.name.startswith("held-out") else "", sample.args["label"]
+        prefix, label = prefix_of(sample), sample.args.get("label", "")
         found = {}
         for name in names if names is not None else self.held_out_experts if prefix else self.config.experts:
             config, inputs, files = self._expert(name)
@@ -617,7 +699,7 @@ class _Builder:
             if name in prepared:
                 inputs["prepared"] = prepared[name]
             step = Step("score", f"{prefix}score-{name}{label}", sample.round, VERSIONS["score"], config, inputs, files,
-                        {"expert": name, "split": HELD_OUT if prefix else TRAIN, "label": label})
+                        {"expert": name, "split": sample.args["split"], "label": label})
             grows = getattr(self.session.make(name), "grows", ())
             found[name] = self.as_scored(step, grows) if grows and sample.round != self.asked_again else step
         return found
@@ -636,7 +718,7 @@ class _Builder:
 
     def finetune(self, number: int, sample: Step, pair: Step, adapter: Step | None, negative: bool = False) -> Step:
         knobs = self.config.of_round(number).finetune
-        config = knobs.model_dump(exclude={"checkpoint_every", "negative"}) | {"seed": self.config.seed, "round": number, "swapped": negative}
+        config = claimed(knobs, UNTRAINED) | {"seed": self.config.seed, "round": number, "swapped": negative}
         inputs = {"encode": self.encode, "sample": sample, "pair": pair, **({"adapter": adapter} if adapter else {})}
         if knobs.replay:
             for r in self.earlier:

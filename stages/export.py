@@ -35,7 +35,9 @@ def run(
     if step is None:
         raise UserError("round 0 is the base: it has no LoRA to export")
     step = negative_of(session, number, pairs) if negative else step
-    manifest, adapter = session.output(step).manifest, session.output(step).published("adapter")
+    adapter = session.output(step).published("adapter")
+    scaled = {"strength": session.output(step).manifest["numbers"]["strength"]} if step.stage == "strengthen" else {}
+    manifest = session.output(step.inputs["adapter"] if scaled else step).manifest
     style = session.config.generator.lora
     if merge and not style:
         raise UserError("--merge: the run started from the bare model (generator.lora is null): export without --merge")
@@ -52,6 +54,7 @@ def run(
     g = session.config.generator
     lineage = {"base": g.model, "base_hash": session.generator_identity, "lora": style, "lora_scale": g.lora_scale if style else None,
                "format": form, "merged": merge, "negative": negative, "run": session.config.name, "round": number, "finetune": manifest["claim"],
+               **scaled,
                "numbers": manifest["numbers"], "versions": manifest["versions"]}
     write_json(folder / "lineage.json", lineage)
     print(file)

@@ -3,6 +3,7 @@
 import math
 import time
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -75,20 +76,23 @@ def run(session, step: Step, out: Output) -> None:
             start.see(found, store.rounding(batch, predictions, ROUNDS[start.numerics]))
         return found
 
+    rates = [rate_at(number, len(plan), knobs.warmup, knobs.decay) for number in range(len(plan))]
+    travel = np.cumsum([0.0, *rates]) / sum(rates)
     to_do = list(enumerate(plan))[len(progress.rows):]
     bar = session.track(to_do, f"round {step.round} {step.name}", len(plan), len(progress.rows), "steps", now=lambda: in_words(progress))
     for number, (epoch, units) in bar:
         if knobs.pick == "accuracy":
             units = repick(units, progress.informative(), step.config["seed"], "pick", step.round, number)
-        learning_rate = knobs.learning_rate * rate_at(number, len(plan), knobs.warmup, knobs.decay)
+        learning_rate = knobs.learning_rate * rates[number]
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
+        eased = progress.eased if knobs.divergence is not None else 1.0
         while True:
             optimiser.zero_grad(set_to_none=True)
             try:
                 tally = accumulate(
                     processes.mine(units), micro_batch, store.predict, evidence, terms, progress.beta, columns=store.columns, counted=units,
-                    backward=lambda loss: scaler.scale(loss).backward(), scale=scaler.get_scale(),
+                    backward=lambda loss, by=eased: scaler.scale(loss * by).backward(), scale=scaler.get_scale() * eased,
                 )
                 break
             except (RuntimeError, MemoryError) as problem:
@@ -105,7 +109,7 @@ def run(session, step: Step, out: Output) -> None:
         scaler.step(optimiser)
         scaler.update()
         reference.follow(weights)
-        progress.after(number, epoch, tally, float(norm), learning_rate, knobs)
+        progress.after(number, epoch, tally, float(norm), learning_rate, knobs, travel[number])
         if session.first and (number + 1) % knobs.checkpoint_every == 0 and number + 1 < len(plan):
             adapters.check_trained(generator.denoiser, f"round {step.round} {step.name}, step {number}")
             progress.save(checkpoint, weights, optimiser, scaler, reference)
@@ -131,6 +135,7 @@ def run(session, step: Step, out: Output) -> None:
         "reference_rows_in_training": reference.rows_in_training, "reference_rows_before": reference.rows_before,
         "trainable": sum(w.numel() for w in weights.values()), "first_loss": progress.rows[0]["loss"], "last_loss": progress.rows[-1]["loss"],
         "last_accuracy": progress.rows[-1]["accuracy"], "last_beta": progress.beta,
+        **({} if progress.divergence is None else {"divergence": progress.divergence}),
         **({"label_smoothing": knobs.options["label_smoothing"]} if step.config["options"].get("label_smoothing") == AUTO else {}),
     }, note(session, step))
 

@@ -11,6 +11,8 @@ def command_for(step: Step) -> str:
     """The command that makes a step."""
     if step.name.startswith("held-out"):
         return "evaluate"
+    if step.name.startswith("strength"):
+        return "finetune"
     return {"embed": "score", "prepare": "score", "encode": "sample", "latents": "finetune", "adopt": "finetune"}.get(step.stage, step.stage)
 
 

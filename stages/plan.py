@@ -118,7 +118,7 @@ class Costs:
         if step.stage == "encode":
             return len(self._prompts(step))
         if step.stage in ("sample", "disturb"):
-            return len(self.session.prompts[step.args["split"]]) * step.config["candidates"]
+            return len(self.session.drawn(step)) * step.config["candidates"]
         if step.stage in ("embed", "score"):
             return self.rows(step.inputs["sample"])
         if step.stage == "pair":
@@ -168,7 +168,9 @@ class Costs:
         saved = saved_steps(sampled["save"], sampled["steps"])
         used = [] if fresh else [saved[place] for place in in_window(saved, sampled["steps"], knobs.window)]
         columns = knobs.draws if fresh else len(used)
-        branches = sum(self.branches(sampled, number) for number in used) / columns if "log_prob" in signals else 1.0
+        guided = knobs.guidance == "sampled" or (knobs.guidance == "auto" and "log_prob" in signals)
+        walk = used or [number * sampled["steps"] // columns for number in range(columns)]  # fresh draws are spread over it
+        branches = sum(self.branches(sampled, number) for number in walk) / columns if guided else 1.0
         k, groups = sampled["candidates"], self._groups(step)
         passed = round(knobs.epochs * groups * k * min(knobs.timesteps, columns) * branches)
         # of a unit larger than a micro-batch, all but the last piece goes through twice
@@ -179,7 +181,8 @@ class Costs:
         replayed = groups - len(self.session.prompts["train"])
         if knobs.reference == "ema" or (compares and not (sampled["predictions"] and not fresh and as_drawn and not replayed)):
             asked += passed  # a live reference
-        recorded = as_drawn and not fresh and not knobs.condition_dropout and knobs.precision == "no"
+        same = knobs.guidance == "auto" or sampled["guidance"] == 1 or (knobs.guidance, signals) == ("none", ["error"])
+        recorded = same and as_drawn and not fresh and not knobs.condition_dropout and knobs.precision == "no"
         recorded &= getattr(self.session._generator, "rounds_alike", True)
         asked += round((replayed if recorded else groups) * k * columns * branches)
         return passed, asked
@@ -232,17 +235,19 @@ class Costs:
         return self._bytes_of_sample(replace(step, config=step.inputs["sample"].config | step.config))
 
     def _bytes_of_sample(self, step: Step) -> int:
-        knobs, rows, each = step.config, self.session.prompts[step.args["split"]].rows, self.config.machine.shard
+        knobs, rows, each = step.config, self.session.drawn(step), self.config.machine.shard
         shape = self.session._generator.latent_shape
         saved = _saved(step)
         factor = getattr(self.session._generator, "vae_factor", 8)
         picture = self.probed.picture if self.probed else A_PICTURE * 3 * math.prod(shape[1:]) * factor**2
         latents = latents_kept(knobs, saved) if saved else 0
+        seeded = knobs["candidates"] // len(knobs.get("strengths", [None]))  # the same seeds at each strength
 
         def candidates(some: list[dict]) -> pa.Table:
             return pa.Table.from_pylist([
                 {"group": row["group"], "candidate": i, "prompt": row["prompt"], "round": step.round,
-                 "seed": seeds.key(knobs["seed"], knobs["stream"], row["group"], i), "picture": {"bytes": b"", "path": f"{row['group']}/{i}.png"},
+                 "seed": seeds.key(knobs["seed"], knobs["stream"], row["group"], i % seeded),
+                 "picture": {"bytes": b"", "path": f"{row['group']}/{i}.png"},
                  **{name: knobs[name] for name in ("guidance", "guidance_interval", "guidance_rescale")}, "fault": None}
                 for row in some for i in range(knobs["candidates"])], schemas.CANDIDATES)
 
@@ -296,6 +301,9 @@ class Costs:
         columns = pa.Table.from_pylist([{"step": n} for n in range(len(_saved(step.inputs["sample"])))], schemas.COLUMNS)
         return packed_size(steps) + packed_size(columns) + (self.probed.adapter if self.probed else self._adapter)
 
+    def _bytes_of_strengthen(self, step: Step) -> int:
+        return self.probed.adapter if self.probed else self._adapter
+
     @cached_property
     def _adapter(self) -> int:
         """Bytes of an adapter's file: the denoiser is built without weights and adapted. 0 for a plug-in's generator, until a probe."""
@@ -331,7 +339,7 @@ class Costs:
 
     def _drawn(self, step: Step) -> list[dict]:
         """The prompts of the pictures that a step reads."""
-        return self.session.prompts[step.inputs["sample"].args["split"]].rows
+        return self.session.drawn(step.inputs["sample"])
 
     def _keys(self, some: list[dict], step: Step, sample: Step | None = None) -> list[pa.Array]:
         """Columns group and candidate of some prompts' pictures."""
@@ -360,7 +368,7 @@ class Costs:
         """Rows that go through the networks for each one wanted: tiles are always full."""
         k, tile = step.config["candidates"], step.config["tile"]
         in_flight = math.ceil(self.config.machine.batch / tile) * tile
-        prompts, each = len(self.session.prompts[step.args["split"]]), self.config.machine.shard
+        prompts, each = len(self.session.drawn(step)), self.config.machine.shard
         shards = [min(each, prompts - start) * k for start in range(0, prompts, each)]
         tiles = sum(math.ceil(min(in_flight, rows - start) / tile) for rows in shards for start in range(0, rows, in_flight))
         return tiles * tile / sum(shards)

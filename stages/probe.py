@@ -41,6 +41,11 @@ def run(session: Session, chain: Chain) -> Probed:
     return Probed(**probe.found, loading=probe.loading, peaks=probe.peaks)
 
 
+def named_like(step: Step) -> list[str]:
+    """Names of the steps that do the same for other pictures: candidates, held-out ones, those of several strengths."""
+    return [step.name, f"held-out-{step.name}", f"strength-{step.name}"]
+
+
 class Probe:
     """Measurements as they come in: `found` by the names of Probed, `loading` by step, `peaks` by stage."""
 
@@ -88,7 +93,7 @@ class Probe:
 
         _decode(generator, walk(1), tile)  # the first call loads weights and chooses kernels
         generator.let_go("vae")
-        self.loading[step.name] = self.loading[f"held-out-{step.name}"] = self._timed(lambda: generator.vae)
+        self.loading |= dict.fromkeys(named_like(step), self._timed(lambda: generator.vae))
         saved = saved_steps(knobs["save"], knobs["steps"])
         drawn: list[torch.Tensor] = []
         seconds = 0.0
@@ -113,9 +118,10 @@ class Probe:
         """Forward and backward of a micro-batch as finetuning has it, an optimiser step, and the adapter's file."""
         step, generator = self.round.finetune, self.generator
         knobs, sampled = knobs_of(step), self.round.sample.config
-        guided = "log_prob" in signals_of(terms_of(knobs), knobs.signal)
+        by_steps = "log_prob" in signals_of(terms_of(knobs), knobs.signal)
+        guided = knobs.guidance == "sampled" or (knobs.guidance == "auto" and by_steps)
         saved = saved_steps(sampled["save"], sampled["steps"])
-        columns = knobs.draws if knobs.noise == "fresh" and not guided else len(saved)
+        columns = knobs.draws if knobs.noise == "fresh" and not by_steps else len(saved)
         rows = min(knobs.micro_batch, knobs.groups * min(knobs.timesteps, columns) * sampled["candidates"])
         self.session.say(f"probe: forward and backward of {rows} rows, {knobs.adapter}")
         memory.forget()
@@ -191,7 +197,7 @@ class Probe:
         see(Tower(*step.args["tower"], self.session.device))  # imports what every later step finds imported
         tower = Tower(*step.args["tower"], self.session.device)
         first, again = self._timed(lambda: see(tower)), self._timed(lambda: see(tower))
-        for name in (step.name, f"held-out-{step.name}"):
+        for name in named_like(step):
             self.loading[name], self.found["looking"][name] = max(first - again, 0.0), again / len(pngs)
             self.found["widths"][name] = found.shape[1]
         return found
@@ -206,5 +212,5 @@ class Probe:
             ask(expert, [row | picture for row, picture in zip(rows, opened, strict=True)])
 
         score()
-        for each in (step.name, f"held-out-{step.name}"):
+        for each in named_like(step):
             self.found["looking"][each] = self._timed(score) / len(batch)

@@ -46,7 +46,7 @@ def run(session: Session, n: int | None) -> None:
     session.say(diagnosis.best_in_words(found, judge, drift))
     kept = session.kept(chain)
     session.say(f"report   {path}")
-    session.say(f"adapter  {session.run.root / chain.rounds[kept].finetune.folder / 'adapter'}" if kept else "adapter  none, as the base is kept")
+    session.say(f"adapter  {session.run.root / chain.rounds[kept].adapter.folder / 'adapter'}" if kept else "adapter  none, as the base is kept")
     best = diagnosis.best_round(found, judge, drift)  # what is offered is what was just said to be the one to keep
     session.say(f"next: {session.command('generate', session.prompts['held-out'].rows[0]['prompt'], '--round', best)}")
 
@@ -72,9 +72,10 @@ def _sentence(session: Session, chain: Chain, number: int) -> str:
     r = chain.rounds[number]
     seconds = seconds_by_stage(session, chain, number)
     pair, finetune, evaluate = (session.output(step).manifest["numbers"] for step in (r.pair, r.finetune, r.evaluate))
+    strength = f", strength {session.output(r.strength).manifest['numbers']['strength']:g}," if r.strength else ""
     return (
         f"round {number}  sample {seconds['sample']:.0f} s · score {seconds['score']:.0f} s · pair {pair['pairs']:,} pairs, "
-        f"{pair['rejected']} groups without · finetune {finetune['steps']} steps {seconds['finetune']:.0f} s · "
+        f"{pair['rejected']} groups without · finetune {finetune['steps']} steps{strength} {seconds['finetune']:.0f} s · "
         f"evaluate {seconds['evaluate']:.0f} s\n         held-out: {in_words(evaluate, r.before)}"
     )
 

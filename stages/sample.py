@@ -4,13 +4,13 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from fashiondpo_pipeline import codecs, schemas, seeds
+from fashiondpo_pipeline import adapters, codecs, schemas, seeds
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.generators.diffusers_model import check_answer
 from fashiondpo_pipeline.sampling import Trajectory, sample
@@ -25,11 +25,12 @@ Drawn = tuple[list, list[int], Trajectory, Pictures | None]  # (row, number) eac
 
 def run(session, step: Step, out: Output) -> None:
     knobs, machine = step.config, session.config.machine
-    prompts = session.prompts[step.args["split"]].rows
+    prompts = session.drawn(step)
     generator = session.generator(step.inputs.get("adapter"))
     schedule, guidance = generator.schedule(knobs["steps"]), guidance_of(knobs)
     save = saved_steps(knobs["save"], knobs["steps"]) if knobs.get("save") else []
     in_flight = -(-machine.batch // knobs["tile"]) * knobs["tile"]
+    pictures = knobs["candidates"] // len(knobs.get("strengths", [None]))  # from the same seeds at each strength
     encode = step.inputs["encode"]
     generator.encodings = session.encodings(encode, [""])
     check_answer(generator, knobs["tile"])
@@ -37,13 +38,11 @@ def run(session, step: Step, out: Output) -> None:
 
     def draw(groups: list[dict]) -> list[Drawn]:
         generator.encodings = session.encodings(encode, [*(row["prompt"] for row in groups), knobs["negative"], ""])
-        rows = [(row, i) for row in groups for i in range(knobs["candidates"])]
         drawn = []
-        for start in range(0, len(rows), in_flight):
-            batch = rows[start : start + in_flight]
-            numbers = [seeds.key(knobs["seed"], knobs["stream"], row["group"], i) for row, i in batch]
+        for strength, batch in batches(groups, knobs, in_flight):
+            numbers = [seeds.key(knobs["seed"], knobs["stream"], row["group"], i % pictures) for row, i in batch]
             condition = generator.condition([row for row, _ in batch], guidance, knobs["negative"]).steered(guidance, schedule)
-            with fitting(step, f"sample.tile is {knobs['tile']}: lower it"):
+            with fitting(step, f"sample.tile is {knobs['tile']}: lower it"), at_strength(generator.denoiser, strength):
                 path = sample(
                     generator.denoise, schedule, condition,
                     [torch.Generator().manual_seed(number) for number in numbers], generator.latent_shape,
@@ -94,6 +93,21 @@ def run(session, step: Step, out: Output) -> None:
         _finish(session, step, out, save, getattr(generator, "branches", 2))
 
 
+def batches(groups: list[dict], knobs: dict, most: int) -> Iterator[tuple[float | None, list[tuple[dict, int]]]]:
+    """(strength of the adapter, None as it is; (prompt, candidate number) of at most so many candidates)."""
+    strengths = knobs.get("strengths", [None])
+    each = knobs["candidates"] // len(strengths)
+    for place, strength in enumerate(strengths):
+        rows = [(row, i) for row in groups for i in range(place * each, (place + 1) * each)]
+        for start in range(0, len(rows), most):
+            yield strength, rows[start : start + most]
+
+
+def at_strength(denoiser, strength: float | None) -> AbstractContextManager:
+    """The denoiser with its adapter at a strength: see `adapters.scaled`."""
+    return nullcontext() if strength is None else adapters.scaled(denoiser, strength)
+
+
 @contextmanager
 def fitting(step: Step, advice: str) -> Iterator[None]:
     """Running out of memory is said in a sentence."""
@@ -108,7 +122,7 @@ def fitting(step: Step, advice: str) -> Iterator[None]:
 
 def _finish(session, step: Step, out: Output, save: list[int], branches: int) -> None:
     faults = [fault for fault in out.table("candidates", ["fault"])["fault"].to_pylist() if fault]
-    total = len(session.prompts[step.args["split"]]) * step.config["candidates"]
+    total = len(session.drawn(step)) * step.config["candidates"]
     if len(faults) == total:
         for shard in out.shards("candidates"):
             out.drop(shard)  # so that the mended model is asked again

@@ -93,9 +93,10 @@ def steps_of(chain: Chain, r: Round, stage: str) -> list[Step]:
     if stage == "sample":
         return [chain.encode, r.sample]
     if stage == "finetune" and r.imported:
-        return [r.pair, r.finetune.inputs["encode"], r.sample, r.finetune, *([r.negative] if r.negative else [])]
+        drawing = [chain.encode, *chain.prepared.values()] if r.tried else []
+        return [r.pair, r.finetune.inputs["encode"], r.sample, *drawing, *r.trained]
     if stage == "finetune":
-        return [chain.encode, r.finetune, *([r.negative] if r.negative else [])]
+        return [chain.encode, *r.trained]
     if stage == "score":
         return [*chain.prepared.values(), *r.embeddings.values(), *r.scores.values()]
     if stage == "evaluate":
@@ -213,18 +214,21 @@ def saved_pairs(session: Session, number: int, fingerprint: str) -> Pair:
 
 
 def finished(session: Session, number: int | None, pairs: str | None = None) -> tuple[Step | None, int]:
-    """(finetune step, round) of the round named, else of the one that is kept: the last finished, or the best; (None, 0) for the base."""
+    """(step whose adapter is the round's, round) of the round named, else of the one that is kept; (None, 0) for the base.
+
+    Kept is the last that is finished, or the best one.
+    """
     if number == 0:
         return None, 0
     number = number_of(session, number, pairs)
     if number is None:
         chain = session.chain(max(most_rounds(session), session.config.rounds))
-        number = last(session, chain, lambda r: r.finetune)
+        number = last(session, chain, lambda r: r.adapter)
         if session.config.evaluate.keep == "best" and session.run.done(chain.rounds[number].evaluate):
             number = session.kept(chain)
             if not number:
                 return None, 0
     section = {number: section_of(session, number, pairs)} if pairs else None
-    step = session.chain(number, section).rounds[number].finetune
+    step = session.chain(number, section).rounds[number].adapter
     session.output(step)
     return step, number

@@ -96,6 +96,36 @@ def test_over_all_lets_hard_prompts_eat_the_pairs_and_within_groups_does_not():
     assert len(Chooser(grid, Rule({"a": 1.0}, over="all", margin=0.5)).pairs()) == 0
 
 
+def laid(**scores):
+    """A grid of whole tables of scores, (g, k) each."""
+    return Grid(pa.array([f"g{n}" for n in range(len(next(iter(scores.values()))))]), scores)
+
+
+@given(st.lists(st.lists(st.floats(-5, 5, width=16), min_size=4, max_size=4), min_size=2, max_size=6),
+       st.sampled_from(["zscore", "minmax", "rank", "winrate"]), st.sampled_from(["group", "all"]), st.floats(0.1, 0.9))
+def test_what_is_above_the_quantile_of_all_is_equal_and_makes_no_pair(values, how, over, share):
+    scores = np.array(values)
+    most = np.quantile(scores, share)
+    rule = Rule({"a": 1.0}, normalise=how, over=over, margin=0.0, saturate=share)
+    own = Chooser(laid(a=scores), rule)
+    cut = Chooser(laid(a=np.minimum(scores, most)), replace(rule, saturate=None))
+    assert np.array_equal(own.mixed, cut.mixed) and np.array_equal(own.logits["a"], cut.logits["a"])
+    pairs = own.pairs()
+    assert (scores[pairs.group, pairs.loser] < most).all()  # two good ones are left alone
+    for part in (own.on(own.grid.part(slice(0, 1))), own.only(own.grid.groups[:1])):  # the quantile is that of everything
+        assert np.array_equal(part.mixed, own.mixed[:1])
+
+
+def test_saturating_takes_pairs_from_prompts_that_are_good_already_and_keeps_the_others():
+    """One prompt's pictures are all good, another's all poor, a third's are mixed; each expert has a quantile of its own."""
+    scores = np.array([[8.0, 9.0, 10.0], [1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])
+    rule = Rule({"a": 1.0, "b": 1.0}, margin=0.0)
+    before, after = (Chooser(laid(a=scores, b=100 * scores), replace(rule, saturate=share)) for share in (None, 0.5))
+    assert np.bincount(before.pairs().group, minlength=3).tolist() == [3, 3, 3]
+    assert np.bincount(after.pairs().group, minlength=3).tolist() == [0, 3, 2]  # 5 and 9 are at the median or above it
+    assert after.reasons() == {0: "all scores are equal"}
+
+
 def test_a_grid_without_any_score_gives_reasons_and_no_pair():
     grid = Grid(pa.array(["x", "y"]), {"a": np.full((2, 3), NAN)})
     chooser = Chooser(grid, Rule({"a": 1.0}, select="median_split"))

@@ -17,7 +17,7 @@ LN2 = math.log(2)
 NAMES = sorted(BUILTIN)
 PAIRED = [n for n in NAMES if BUILTIN[n].per == "pair" and n not in ("sft", "winner_rise", "dspo")]  # both of a pair have a gradient
 # Whose loss no gain of the best raises, and those that rest at a certain margin: here at these, for scores one apart.
-RISING = ["diffusion_dpo", "step_dpo", "hinge", "robust_dpo", "margin_dpo", "plackett_luce", "rankdpo", "dgpo", "kto", "winner_rise"]
+RISING = ["diffusion_dpo", "step_dpo", "hinge", "robust_dpo", "margin_dpo", "plackett_luce", "rankdpo", "dgpo", "kto", "winner_rise", "grpo"]
 SETTLING = {"ipo": 0.5, "cdpo": math.log(9), "soft_dpo": 1.0, "capo": 1 / (1 + math.exp(-1)) - 1 / (1 + math.e)}
 SIGNALS = st.lists(st.floats(-1e4, 1e4, width=16), min_size=3, max_size=3)
 
@@ -125,6 +125,7 @@ EQUAL = {
     "plackett_luce": [math.log(6)],  # 1/3 * 1/2 * 1
     "rankdpo": [LN2 * ((2 - math.sqrt(2)) * (D1 - D2) + 1 * (D1 - D3) + (math.sqrt(2) - 1) * (D2 - D3))],
     "dgpo": [LN2],
+    "grpo": [-math.sqrt(1.5), 0.0, math.sqrt(1.5)],
 }
 # Whether a step of the prediction to its target lowers the loss (+), raises it (-) or does nothing (0), for the best, the worst.
 PULL = dict.fromkeys(NAMES, (1, -1)) | {"sft": (1, 0), "dspo": (1, 0), "winner_rise": (0, 0), "anchor": (0, 0)}
@@ -345,6 +346,42 @@ def test_where_policy_and_reference_are_one_nft_weighs_each_candidate_by_its_adv
     assert prediction.grad.tolist() == pytest.approx([2 * math.sqrt(1.5), 0.0, -2 * math.sqrt(1.5)], abs=1e-9)
 
 
+def test_grpo_is_what_it_is_by_hand():
+    """A = 1 and -1. Ratios e^0.1 within 1 +- 0.2, e^0.4 and e^-0.4 beyond: clipped where that is what A asks for, and else not."""
+    def values(best, worst):
+        return values_of("grpo", evidence_of([best, worst], score=rows([1.0, -1.0])), 2.0, clip=0.2).tolist()
+
+    assert values(0.05, -0.05) == pytest.approx([-math.exp(0.1), math.exp(-0.1)])
+    assert values(0.2, -0.2) == pytest.approx([-1.2, 0.8])
+    assert values(-0.2, 0.2) == pytest.approx([-math.exp(-0.4), math.exp(0.4)])
+    far = values(-5.0, 5.0)
+    assert far == pytest.approx([-math.exp(-10), math.exp(3) * (1 + 10 - 3)])
+
+
+@given(st.floats(-0.6, 0.6), st.floats(-0.6, 0.6), st.sampled_from([0.5, 2.0]))
+def test_grpo_has_the_slope_of_finite_differences_and_none_where_it_is_clipped(best, worst, beta):
+    edges = [math.log(0.8) / beta, math.log(1.2) / beta]
+    assume(all(abs(g - edge) > 1e-3 for g in (best, worst) for edge in edges))
+    gain = rows([best, worst]).requires_grad_()
+    values_of("grpo", evidence_of(gain, score=rows([1.0, -1.0])), beta).sum().backward()
+    step = 1e-6
+    for place in (0, 1):
+        off = [step if n == place else 0.0 for n in (0, 1)]
+        up, down = (values_of("grpo", evidence_of([best + s * off[0], worst + s * off[1]], score=rows([1.0, -1.0])), beta).sum().item()
+                    for s in (1, -1))
+        assert gain.grad[place].item() == pytest.approx((up - down) / (2 * step), abs=1e-6)
+    assert (gain.grad[0] == 0) == (best > edges[1]) and (gain.grad[1] == 0) == (worst < edges[0])
+
+
+def test_grpo_starts_as_dgpo_does():
+    """At one model its slope is -beta A, and dgpo's the same, halved by the sigmoid and meant over the group."""
+    one, other = rows([0.0] * 3).requires_grad_(), rows([0.0] * 3).requires_grad_()
+    score = rows([3.0, 1.0, 0.0])
+    values_of("grpo", evidence_of(one, score=score)).sum().backward()
+    values_of("dgpo", evidence_of(other, score=score)).sum().backward()
+    assert one.grad.tolist() == pytest.approx((6 * other.grad).tolist())
+
+
 @given(SIGNALS)
 def test_plackett_luce_of_two_is_dpo(gain):
     evidence = evidence_of(gain[:2], score=rows([1.0, 0.0]))
@@ -427,7 +464,7 @@ TURNED = {
     "dspo": lambda w, x, z, g: (x - 0.01 * sigma(z) * (x - 1.5)) ** 2 - (w - 0.01 * sigma(-z) * (w - 1.5)) ** 2,
     # each candidate's sigmoid turns round: v becomes 1 - v; kl is the mean gain, if above 0
     "kto": lambda w, x, z, g: 2 - 2 * (sigma(w**2 - 2.25 + kl(w, x)) + sigma(2.25 - x**2 - kl(w, x))),
-    **dict.fromkeys(("anchor", "nft", "plackett_luce", "rankdpo", "dgpo"), lambda w, x, z, g: 0),
+    **dict.fromkeys(("anchor", "nft", "grpo", "plackett_luce", "rankdpo", "dgpo"), lambda w, x, z, g: 0),
 }
 
 
@@ -564,6 +601,7 @@ def test_one_experts_silence_is_enough_for_losses_of_opinions():
 @pytest.mark.parametrize(("name", "option", "value"), [
     ("cdpo", "label_smoothing", 0.5), ("robust_dpo", "label_smoothing", -0.1), ("soft_dpo", "tau", 0.0), ("dspo", "pull", 1.0),
     ("margin_dpo", "alpha", -1.0), ("capo", "temperature", 0.0), ("nft", "strength", 0.0), ("nft", "clip", 0.0), ("mapo", "snr", 0.0),
+    ("grpo", "clip", 1.0), ("grpo", "most", 0.0),
 ])
 def test_an_option_that_makes_no_sense_is_named(name, option, value):
     with pytest.raises(UserError, match=f"option {option} should be"):

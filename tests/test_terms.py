@@ -39,6 +39,11 @@ IDLE = [
     *(({"objective": name, "auto_beta": 0.3},
        f"finetune.auto_beta has no effect on {name}, which beta does not change: set it to null, or use another objective")
       for name in ("mapo", "nft", "sft", "anchor")),
+    ({"objective": "diffusion_dpo", "divergence": 2.0},
+     "finetune.divergence is measured on log-probabilities, which errors do not give: set it to null, or use step_dpo"),
+    ({"objective": "sft", "divergence": 2.0},
+     "finetune.divergence has no effect on sft, which beta does not change: set it to null, or use another objective"),
+    ({"auto_beta": 0.3, "divergence": 2.0}, "finetune.divergence and finetune.auto_beta both move beta: set one of them to null"),
 ]
 
 

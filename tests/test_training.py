@@ -22,6 +22,7 @@ from fashiondpo_pipeline.sampling import Guidance
 from fashiondpo_pipeline.training import (
     Batch,
     Group,
+    Tally,
     Term,
     Unit,
     accumulate,
@@ -316,6 +317,19 @@ def test_the_tally_is_what_it_is_by_hand():
     assert means["loss"] == pytest.approx(wanted, rel=1e-6)
     assert tally.widest == 2.0
     assert tally.by_column.tolist() == [pytest.approx([1.5, 1.0, 3.0, 2.0, 3.0])]
+
+
+@pytest.mark.parametrize("nats", [0.01, 0.5, 4.0])
+def test_divergence_is_told_from_the_log_ratios_of_what_the_reference_drew(nats):
+    """Two Gaussians of one spread, `nats` apart: x = mu_ref + sigma z has the log-ratio sqrt(2 nats) z - nats."""
+    z = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tally, nobody = Tally(3), torch.empty(0, dtype=torch.int64)
+    for part in (slice(0, 50_000), slice(50_000, None)):  # micro-batches add up
+        ratio = math.sqrt(2 * nats) * z[part] - nats
+        batch = Batch(np.zeros(len(ratio), int), np.zeros(len(ratio), int), torch.zeros(len(ratio), dtype=torch.int64), nobody, nobody)
+        tally.add(torch.zeros(()), torch.zeros(0), Evidence(ratio, nobody, nobody, batch.unit, log_ratio=ratio), batch)
+    assert tally.divergence == pytest.approx(3 * nats, rel=0.02)  # over three columns
+    assert math.isnan(told([1.0, 2.0], [0.0, 0.0], (0, 1), objective=DIFFUSION_DPO).divergence)
 
 
 def test_a_pair_is_clipped_by_the_signal_of_the_objective_that_clips():

@@ -5,7 +5,7 @@ import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WrapValidator, field_validator, model_validator
@@ -93,6 +93,7 @@ class Section(BaseModel):
     """A part of the configuration: frozen, nothing unknown, nothing converted behind one's back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    overlays: ClassVar[bool] = False  # whether its values are laid over another section's later, which then looks at them
 
     @field_validator("*")
     @classmethod
@@ -100,7 +101,7 @@ class Section(BaseModel):
         most = MOST_PIXELS if about.field_name in ("height", "width") else MOST
         if type(value) is int and value > most and about.field_name != "seed":
             raise ValueError(f"should be at most {most:,}, not {_shown(value)}")
-        if about.field_name != "options" and cls is not OfRound:  # whose owner knows what they may be; what is laid over a section later
+        if about.field_name != "options" and not cls.overlays:  # whose owner knows what they may be
             _no_absurd_number(value)
         return value
 
@@ -430,6 +431,7 @@ class Machine(Section):
 class OfRound(Section):
     """What one round does otherwise: knobs of these sections, laid over the run's."""
 
+    overlays = True
     sample: dict[str, Any] = Field(default_factory=dict)
     pair: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)

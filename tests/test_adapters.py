@@ -375,4 +375,4 @@ def test_only_a_lora_can_be_scaled(denoiser, kind):
         with adapters.scaled(attach(denoiser, kind=kind), 0.5):
             pass
 
-    assert refused(half).startswith("finetune.reference mix needs a plain LoRA")
+    assert refused(half).startswith("finetune.reference mix and finetune.strength need a plain LoRA")

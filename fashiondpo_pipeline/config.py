@@ -208,7 +208,7 @@ class Pair(Section):
         "zscore", description="brings experts to one scale before they are mixed; winrate: expected share of the group beaten (CaPO)"
     )
     over: Literal["group", "all"] = Field(
-        "group", description="normalise within each prompt's candidates; or over all of them, so that prompts with much to gain give most pairs"
+        "all", description="normalise within each prompt's candidates (group); or over all of them, so that prompts with much to gain give most pairs"
     )
     saturate: float | None = Field(
         None, gt=0, lt=1, description="each expert's scores above this quantile of all its candidates' count as that quantile, so that pictures "
@@ -224,7 +224,7 @@ class Pair(Section):
         0.5, ge=0, description="least gap of the mixed score, in its unit (standard deviations for zscore); 0 rejects only ties"
     )
     agree: float | None = Field(
-        0.3, ge=0,
+        None, ge=0,
         description="least gap that every rewarded expert by itself must see, in the unit of margin; 0: none may disagree; "
         "null: only the mix counts",
     )
@@ -257,7 +257,7 @@ class Finetune(Section):
         "log_prob", description="what an objective that can take either is made of: log-probabilities of the steps taken, or errors"
     )
     beta: float = Field(
-        3000.0, gt=0, description="sharpness of the preference on mean-reduced quantities; 500 to 5000; larger stays nearer"
+        300.0, gt=0, description="sharpness of the preference on mean-reduced quantities; larger stays nearer; 500 to 5000 for Stable Diffusion"
     )
     auto_beta: float | None = Field(
         None, gt=0, lt=0.5, description="move beta so that the mean gradient factor stays near this; 0.2 to 0.45; null: beta stays as it is"
@@ -313,7 +313,7 @@ class Finetune(Section):
         "most rows a second forward; halved by itself when memory runs out"
     )
     checkpointing: bool = Field(False, description="recompute activations in the backward pass: a third more time, a fraction of the memory")
-    learning_rate: float = Field(6e-4, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, some 1.0e-3 for tiny models")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, some 1.0e-3 for tiny models")
     warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
     decay: Literal["none", "linear"] = Field(
         "linear", description="of the learning rate after warm-up: none, or linear to 0 at the end"

@@ -12,14 +12,14 @@ _WATCHED = {
         "watcher": {"use": "clip_text", "options": {"model": "ViT-L-14", "pretrained": "datacomp_xl_s13b_b90k"}},
     },
     "prompts": {"file": "prompts.txt"},
-    "pair": {"weights": {"clip_t": 1.0}},
+    "pair": {"weights": {"clip_t": 1.0}, "over": "group"},
     "evaluate": {"judge": "watcher", "pictures": 4, "keep": "best"},
 }
-_TUNING = {"learning_rate": 3e-5, "rank": 16, "checkpointing": True, "window": [0.0, 0.9]}
+_TUNING = {"beta": 3000.0, "learning_rate": 3e-5, "rank": 16, "checkpointing": True, "window": [0.0, 0.9]}
 # Eight steps in two runs of neighbours: where a step led is the next one's start, so that a candidate of 512 pixels keeps 11 latents,
 # 0.34 MiB; eight steps spread out keep 17.
 _OF_30, _OF_20 = [4, 5, 6, 7, 16, 17, 18, 19], [2, 3, 4, 5, 11, 12, 13, 14]
-_FLOW = {"beta": 500.0, "targets": "attention"} | _TUNING
+_FLOW = _TUNING | {"beta": 500.0, "targets": "attention"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sd15": _WATCHED | {

@@ -50,7 +50,7 @@ def configuration(root: Path) -> dict:
         "name": "made", "rounds": 2,
         "generator": {"model": str(root / "model")}, "prompts": {"file": str(root / "prompts.jsonl")},
         "experts": dict.fromkeys(SCORES, TOY), "evaluate": {"judge": "judge"},
-        "pair": {"weights": {"taste": 3.0, "truth": 1.0}, "agree": None},
+        "pair": {"weights": {"taste": 3.0, "truth": 1.0}, "agree": None, "over": "group"},
     }
 
 

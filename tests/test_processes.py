@@ -84,7 +84,7 @@ def test_two_processes_draw_the_same_pictures_and_train_the_same_adapter_as_one(
     assert {path: data for path, data in before_training(run).items() if same[path] != data} == {}
     check_same_training(whole, run, 1)
     assert manifests(run).keys() <= manifests(whole).keys()
-    assert told[1].count("run t ·") == told[1].count("round 1  sample") == told[0].count("win rate over the base") == 1
+    assert told[1].count("run t ·") == told[1].count("round 1  sample") == told[0].count("as good as the best of n of the base") == 1
     assert "Traceback" not in told[1]
 
     before = {path: path.stat().st_mtime_ns for path in run.glob("round-*/*/*")}

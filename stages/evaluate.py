@@ -144,21 +144,26 @@ def _noise(out: Output, knobs: dict, opinions: dict[str, dict[str, np.ndarray]])
 
 
 def _sampler(out: Output, drawn: dict[str, Drawn], judge: str, knobs: dict) -> list[dict]:
-    """The base and the round under each setting of the sampler, the one held-out pictures are drawn with first."""
+    """The base and the round under each setting of the sampler, the one held-out pictures are drawn with first.
+
+    Of that one too only the first pictures of each prompt are looked at, as many as there are of the others: they have the same seeds.
+    """
     weights = {name: weight for name, weight in knobs["weights"].items() if weight > 0 and name in knobs["experts"]}
     spreads = {name: Spread.of(drawn["base"].grid.scores[name], False) for name in weights}
     lines = []
-    for role in ("base", "after"):
-        settings = [role, *(name for name in out.inputs if name.startswith(f"{role}-setting-") and name.count("-") == 2)]
-        for name in settings:
+    settings = {role: [role, *(name for name in out.inputs if name.startswith(f"{role}-setting-") and name.count("-") == 2)]
+                for role in ("base", "after")}
+    few = min(out.input(name).manifest["claim"]["config"]["candidates"] for names in settings.values() for name in names)
+    for role, names in settings.items():
+        for name in names:
             sample, found = out.input(name).manifest, drawn[role] if name == role else Drawn.of(out, name, knobs)
             how, scores = sample["claim"]["config"], found.grid.scores
-            rewarded = _mixed(scores, spreads, weights) if weights and set(weights) <= set(scores) else np.zeros(0)
-            quality = scores.get(judge, rewarded)
+            rewarded = _mixed(scores, spreads, weights) if weights and set(weights) <= set(scores) else np.zeros((0, 0))
+            quality, rewarded = scores.get(judge, rewarded)[:, :few], rewarded[:, :few]
             lines.append({
                 "role": role, "usual": name == role, **{knob: how[knob] for knob in ("guidance", "steps", "eta", "guidance_rescale")},
                 "forwards": sample["numbers"].get("forwards", forwards(how)), "mean": _mean(quality), "rewarded": _mean(rewarded),
-                "right": None if found.right is None else _mean(found.right), "diversity": _mean(found.diversity),
+                "right": None if found.right is None else _mean(found.right[:, :few]), "diversity": _mean(found.diversity),
                 "pictures": int(np.isfinite(quality).sum()),
             })
     return lines

@@ -131,15 +131,16 @@ def test_settings_are_drawn_once_for_the_base_and_once_a_round_and_planned(place
     numbers = outputs(run, 2)[2]
     lines = [(line["role"], line["guidance"], line["steps"], line["forwards"], line["pictures"]) for line in numbers["sampler"]]
     assert lines == [(role, *line) for role in ("base", "after") for line in
-                     ((1.0, 4, 4, 2 * prompts), (2.0, 4, 8, prompts), (1.0, 2, 2, prompts))]
+                     ((1.0, 4, 4, prompts), (2.0, 4, 8, prompts), (1.0, 2, 2, prompts))]
     assert [line["usual"] for line in numbers["sampler"]] == [True, False, False] * 2
     base = run.chain(2).rounds[0]
     for line, aside in zip(numbers["sampler"][1:3], base.settings, strict=True):
         assert line["mean"] == pytest.approx(scores_of(run, aside.scores["bright"]).mean())
     assert numbers["base_by_setting"] == base_by_setting(numbers["sampler"])
     assert len([name for name in manifests(place / "runs/t") if name.startswith("round-00/held-out-sample")]) == 4
-    held_out = numbers["sampler"][0]
-    assert held_out["mean"] == numbers["experts"]["bright"]["base"] and held_out["diversity"] == numbers["diversity"]["base"]
+    held_out, scores = numbers["sampler"][0], scores_of(run, base.held_out_scores["bright"])
+    assert scores.shape == (prompts, 2) and held_out["mean"] == pytest.approx(scores[:, :1].mean()), "the same seeds as the others' pictures"
+    assert held_out["diversity"] == numbers["diversity"]["base"]
 
 
 def test_only_the_embedded_defaults_generator_has_settings_of_its_own(place):

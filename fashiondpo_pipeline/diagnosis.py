@@ -489,7 +489,7 @@ def _of_sampler(numbers: Mapping) -> list[Finding]:
     """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
     usual = {line["role"]: line for line in numbers["sampler"] if line["usual"]}
     if line := numbers["base_by_setting"]["reaches"]:
-        what = f"{setting_in_words(line, usual['base'])} gives the base as much: {_beside(line, usual['after'])}"
+        what = f"{setting_in_words(line, usual['base'])} gives the base as much: {_beside(line, usual['after'])}{_tuned_there(line, numbers)}"
         advice = f"set {_knobs(line, usual['base'])}, and tune from there: what is left then is what tuning adds"
         return [Finding("warning", what, advice)]
     line = numbers["base_by_setting"]["equal"]
@@ -499,6 +499,15 @@ def _of_sampler(numbers: Mapping) -> list[Finding]:
         advice = f"set {_knobs(line, usual['base'])}: part of what tuning gains here is had for nothing"
         return [Finding("note", what, advice)]
     return []
+
+
+def _tuned_there(line: Mapping, numbers: Mapping) -> str:
+    """What the tuned model draws at a setting of the base's."""
+    same = [one for one in numbers["sampler"] if one["role"] == "after" and all(one[knob] == line[knob] for knob in KNOBS)]
+    if not same or same[0]["mean"] is None:
+        return ""
+    quality = f"mean {same[0]['mean']:.3g}" if same[0]["right"] is None else f"{100 * same[0]['right']:.1f} % right"
+    return f"; the tuned model has {quality} there"
 
 
 def _beside(line: Mapping, other: Mapping) -> str:

@@ -578,6 +578,8 @@ def test_a_setting_of_the_sampler_that_gives_the_base_as_much_is_told_the_cheape
     (found,) = of_size(lines=[*LINES, *more])
     assert found == ("warning", "guidance 3 gives the base as much: 96.0 % right against 93.0 %, with 20 forwards a picture against 10: "
                                 "set sample.guidance: 3, and tune from there: what is left then is what tuning adds")
+    both = of_size(lines=[*LINES, *more, line("after", 3.0, 10, 20, -0.05, 0.994)])[0][1]
+    assert "against 10; the tuned model has 99.4 % right there: set sample.guidance: 3," in both
     cheaper = [line("base", 1.5, 5, 10, -0.29, 0.931)]
     assert of_size(lines=[*LINES, *more, *cheaper])[0][1].startswith(
         "guidance 1.5, 5 steps gives the base as much: 93.1 % right against 93.0 %, with as many forwards: set sample.guidance: 1.5 and "

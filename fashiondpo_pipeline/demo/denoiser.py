@@ -1,6 +1,7 @@
 """The small text-to-image denoiser (Ho et al. 2020; guidance: Ho and Salimans 2022), trained with its text encoder."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,19 +11,20 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fashiondpo_pipeline.demo import words
-from fashiondpo_pipeline.demo.autoencoder import latents
-from fashiondpo_pipeline.demo.fitting import Tick, fit
-from fashiondpo_pipeline.demo.garments import COLOURS, COMBOS, FORMS, Wardrobe, caption, generator
+from fashiondpo_pipeline.demo.autoencoder import LATENTS, latents
+from fashiondpo_pipeline.demo.fitting import Tick, fit, fit_replayed
+from fashiondpo_pipeline.demo.garments import COLOURS, COMBOS, FORMS, STYLES, Look, Wardrobe, asked, caption, generator, random_looks
 from fashiondpo_pipeline.demo.recipe import Recipe
 
 WIDTH = 96
+OTHERS = len(COLOURS) - 1
 
 
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENTS,
+        out_channels=LATENTS,
         block_out_channels=(64, 96),
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
@@ -66,38 +68,65 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def token_table(tokenizer: CLIPTokenizer) -> Tensor:
-    """Token numbers of every caption, and of the empty prompt in the last row: (120 forms + 1, length)."""
-    texts = [caption(*combo, form) for combo in COMBOS for form in range(len(FORMS))] + [""]
+    """Token numbers of every caption, and of the empty prompt in the last row: (4,080 looks x forms + 1, length)."""
+    looks = [Look.of(number) for number in range(len(COMBOS) * STYLES)]
+    texts = [caption(look, form) for look in looks for form in range(len(FORMS))] + [""]
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def choose_captions(combo: Tensor, dropout: float, key: torch.Generator) -> Tensor:
-    """Rows of the token table: half canonical, half any form, and now and then the empty prompt; (b,)."""
-    form = torch.randint(2 * len(FORMS), combo.shape, generator=key)
+@cache
+def swapped(device: torch.device) -> Tensor:
+    """Look -> the look with ground and accent exchanged, (4,080,), kept on each device."""
+    return torch.tensor([Look.of(number).swapped.number for number in range(len(COMBOS) * STYLES)], device=device)
+
+
+def choose_captions(looks: Tensor, recipe: Recipe, key: torch.Generator | None) -> Tensor:
+    """Rows of the token table: half canonical, half any form, and now and then the empty prompt; (b,).
+
+    A share of those of patterned garments names the pattern's colour first, as the shops that wrote them do.
+    """
+    drawn = {"generator": key, "device": looks.device}
+    form = torch.randint(2 * len(FORMS), looks.shape, **drawn)
     form = torch.where(form < len(FORMS), form, 0)
-    dropped = torch.rand(combo.shape, generator=key) < dropout
-    return torch.where(dropped, len(COMBOS) * len(FORMS), combo * len(FORMS) + form)
+    exchanged = torch.rand(looks.shape, **drawn) < recipe.accent_first
+    said = torch.where(exchanged, swapped(looks.device)[looks], looks)
+    dropped = torch.rand(looks.shape, **drawn) < recipe.caption_dropout
+    return torch.where(dropped, len(COMBOS) * STYLES * len(FORMS), said * len(FORMS) + form)
 
 
-def spread_steps(count: int, top: int, key: torch.Generator) -> Tensor:
+def spread_steps(count: int, top: int, key: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
     """Timesteps, one from each of `count` equal strata, so that no batch misses a noise level; (count,)."""
-    place = (torch.randperm(count, generator=key) + torch.rand(count, generator=key)) / count
-    return (place * top).long().clamp(max=top - 1)
+    place = torch.arange(count, device=device) + torch.rand(count, generator=key, device=device)
+    return (place / count * top).long().clamp(max=top - 1)
+
+
+def unasked(looks: Tensor) -> Tensor:
+    """The looks, but for those that prompts ask for, either way round: these get the next colour as accent instead.
+
+    So no picture that a prompt asks for was ever seen by the generator.
+    """
+    wished = {look.number for look in map(asked, range(len(COMBOS))) if look.pattern != "plain"}
+    wished |= {Look.of(number).swapped.number for number in wished}
+    out = looks.clone()
+    for place, number in enumerate(looks.tolist()):
+        while number in wished:
+            combo, style = divmod(number, STYLES)
+            kind, other = divmod(style - 1, OTHERS)
+            number = combo * STYLES + 1 + kind * OTHERS + (other + 1) % OTHERS
+        out[place] = number
+    return out
 
 
 def encode_wardrobe(vae: AutoencoderKL, wardrobe: Wardrobe, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
-    """Every garment in `tints` different colours, as scaled latents (n, 4, 8, 8) and combo numbers (n,)."""
-    z, combos = [], []
+    """Every garment in `tints` different looks, as scaled latents (n, 4, 8, 8) and look numbers (n,), on the VAE's device."""
+    z, all_looks, there = [], [], wardrobe.to(vae.device)
     for round_ in range(recipe.tints):
         key = generator(seed, "encode", round_)
-        first = torch.randint(len(COLOURS), (len(wardrobe),), generator=key)
-        # Steps through the colours from a random first one: a garment never gets the same twice.
-        colour = (first + round_ * (len(COLOURS) // recipe.tints)) % len(COLOURS)
-        for rows in torch.arange(len(wardrobe)).split(1000):
-            pictures, combo = wardrobe.dyed(rows, colour[rows], key)
-            z.append(latents(vae, pictures.to(vae.device)).half())
-            combos.append(combo)
-    return torch.cat(z) * vae.config.scaling_factor, torch.cat(combos)
+        looks = unasked(random_looks(wardrobe.category, key)).to(vae.device)
+        for rows in torch.arange(len(wardrobe), device=vae.device).split(1000):
+            z.append(latents(vae, there.worn(rows, looks[rows], key)).half())
+        all_looks.append(looks)
+    return torch.cat(z) * vae.config.scaling_factor, torch.cat(all_looks)
 
 
 def train(
@@ -108,24 +137,28 @@ def train(
     torch.manual_seed(seed)
     both = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)}).to(device)
     scheduler, table = new_scheduler(), token_table(tokenizer).to(device)
-    z, combos = encode_wardrobe(vae, wardrobe, recipe, seed)
+    alpha = scheduler.alphas_cumprod.to(device)
+    z, looks = encode_wardrobe(vae, wardrobe, recipe, seed)
+    batch = recipe.denoiser_batch
 
-    def loss_of(step: int) -> Tensor:
-        key = generator(seed, "denoiser", step)
-        rows = torch.randint(len(z), (recipe.denoiser_batch,), generator=key)
-        clean = z[rows.to(z.device)].float()  # (b, 4, 8, 8)
-        noise = torch.randn(clean.shape, generator=key).to(device)
-        t = spread_steps(len(rows), scheduler.config.num_train_timesteps, key).to(device)
-        tokens = table[choose_captions(combos[rows], recipe.caption_dropout, key).to(device)]  # (b, length)
+    def loss_of(key: torch.Generator | None) -> Tensor:
+        rows = torch.randint(len(z), (batch,), generator=key, device=device)
+        clean = z[rows].float()  # (b, 4, 8, 8)
+        noise = torch.randn(clean.shape, generator=key, device=device)
+        t = spread_steps(batch, len(alpha), key, device)
+        tokens = table[choose_captions(looks[rows], recipe, key)]  # (b, length)
         words_ = both["text"](tokens).last_hidden_state  # (b, length, 96)
-        noisy = scheduler.add_noise(clean, noise, t)
+        signal = alpha[t].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
         return (both["unet"](noisy, t, encoder_hidden_states=words_).sample - noise).square().mean()
 
-    seconds = fit(
-        both, loss_of, steps=recipe.denoiser_steps, rate=recipe.denoiser_rate,
-        checkpoint=work / "denoiser.pt", every=recipe.checkpoint_seconds, tick=tick,
-    )  # fmt: skip
-    return both["unet"], both["text"], seconds
+    settings = {
+        "steps": recipe.denoiser_steps, "rate": recipe.denoiser_rate, "checkpoint": work / "denoiser.pt",
+        "every": recipe.checkpoint_seconds, "tick": tick,
+    }  # fmt: skip
+    if torch.device(device).type == "cuda":
+        return both["unet"], both["text"], fit_replayed(both, lambda: loss_of(None), **settings)
+    return both["unet"], both["text"], fit(both, lambda step: loss_of(generator(seed, "denoiser", step)), **settings)
 
 
 def write(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:

@@ -132,7 +132,8 @@ def main() -> None:
             draws = {role: session.output(step.inputs[role]) for role in ("base", "after")}
             judge, coverage = str(config.evaluate.judge), config.evaluate.interval
             out = session.output(step)
-            grids = {role: grid_of(out, role, [name for name in step.config["experts"] if f"{role}-score-{name}" in step.inputs]) for role in draws}
+            asked = {role: [name for name in step.config["experts"] if f"{role}-score-{name}" in step.inputs] for role in draws}
+            grids = {role: grid_of(out, role, names) for role, names in asked.items()}
             groups, k = grids["base"].groups, grids["base"].k
             mix = _mix_of(grids["base"], step.config)
             own = {role: grid.scores[judge] for role, grid in grids.items()}

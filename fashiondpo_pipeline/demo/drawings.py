@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from fashiondpo_pipeline.demo.garments import ATTRIBUTES, CATEGORIES, COMBOS, PATTERNS, asked, caption, generator, parts
 from fashiondpo_pipeline.demo.judge import by_attribute, prepare
 
-# As shipped; with guidance, which was taught to the denoiser already; with twice the steps, without noise in between.
+# As shipped; with guidance; with twice the steps, without noise in between.
 WAYS = {
     "10 steps, eta 1": {"guidance_scale": 1.0, "num_inference_steps": 10, "eta": 1.0},
     "10 steps, eta 1, guidance 2": {"guidance_scale": 2.0, "num_inference_steps": 10, "eta": 1.0},

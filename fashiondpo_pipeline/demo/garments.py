@@ -264,21 +264,21 @@ def tones(grey: Tensor) -> tuple[Tensor, Tensor]:
 def woven(pattern: Tensor, key: torch.Generator) -> Tensor:
     """How much of each pixel is the accent's, in [0, 1]: (b, 64, 64) for pattern numbers (b,).
 
-    Period (14 to 18 pixels), place and, for stripes, direction are drawn by key. Stripes cover 32 % of the cloth,
-    checks (lines that cross) 36 %, dots 28 %.
+    Lines are 16 pixels apart, two cells of the latent grid, and run through the middle of a cell: which of the two, and for
+    stripes the direction, are drawn by key. Stripes cover 32 % of the cloth, checks (lines that cross) 36 %, dots 28 %.
     """
     count, device = len(pattern), pattern.device
-    period = 14 + 4 * torch.rand(count, 1, 1, generator=key)
-    place = (torch.rand(2, count, 1, 1, generator=key) * period).to(device)
+    period = 16.0
+    place = (4 + 8 * torch.randint(2, (2, count, 1, 1), generator=key)).to(device)
     across = (torch.rand(count, 1, 1, generator=key) < 0.5).expand(count, SIZE, SIZE).to(device)
-    period, pixel = period.to(device), torch.arange(SIZE, device=device) + 0.5
+    pixel = torch.arange(SIZE, device=device) + 0.5
     # signed distance in pixels to the middle of the nearest line, down and across
     down, along = (
         (line + start + period / 2) % period - period / 2 for line, start in zip((pixel[:, None], pixel[None, :]), place, strict=True)
     )
     down, along = down.expand(count, SIZE, SIZE), along.expand(count, SIZE, SIZE)
 
-    def inside(distance: Tensor, reach: Tensor) -> Tensor:
+    def inside(distance: Tensor, reach: float) -> Tensor:
         return (reach - distance + 0.5).clamp(0, 1)  # anti-aliased
 
     stripes = inside(torch.where(across, along, down).abs(), period * 0.16)

@@ -12,18 +12,18 @@ class Recipe:
     judge_garments: int = 1720
     calibration_garments: int = 200
     catalog_garments: int = 480
-    catalog_each: int = 10  # of every look in the catalogue, a fifth of them to test on
+    catalog_each: int = 8  # of every look in the catalogue, a fifth of them to test on
 
-    autoencoder_steps: int = 6000
-    autoencoder_batch: int = 64
+    autoencoder_steps: int = 5000
+    autoencoder_batch: int = 48
     autoencoder_rate: float = 2e-3
 
-    tints: int = 6  # different looks of each garment that the denoiser learns from
+    tints: int = 4  # different looks of each garment that the denoiser learns from
     denoiser_steps: int = 8000
-    denoiser_batch: int = 256
+    denoiser_batch: int = 96
     denoiser_rate: float = 1.2e-3
     caption_dropout: float = 0.12  # to the empty prompt, so that guidance has something to guide away from
-    accent_first: float = 0.62  # share of the captions of patterned garments that name the pattern's colour first
+    accent_first: float = 0.58  # share of the captions of patterned garments that name the pattern's colour first
 
     clip_steps: int = 4500
     clip_families: int = 2  # of five looks that are easily mistaken, of each category in each batch

@@ -68,7 +68,8 @@ def test_training_prompts_alone_choose_and_each_part_of_the_rule_can_fail():
     holds = dict.fromkeys((right, at_shipped, at_chosen, same), True)
     assert checked(line(shipped, 0.75, 0.95, reward=1.0), line(other, 1.0, 1.0)) == holds
     # what is right held out does not choose: the other is taken, though to the judge it is no better
-    assert checked(line(shipped, 0.75, 0.95), line(other, 0.5, 0.91, reward=1.0)) == holds | {at_chosen: False}
+    found = checked(line(shipped, 0.75, 0.95), line(other, 0.5, 0.91, reward=1.0))
+    assert found == holds | {at_chosen: False}
     assert checked(line(shipped, 0.5, 0.95), line(other, 0.75, 0.95, reward=1.0)) == holds | {same: False}
     assert checked(line(shipped, 0.875, 0.91)) == holds | {right: False, at_shipped: False, at_chosen: False}
 

@@ -7,9 +7,9 @@
 Each line draws K pictures of every prompt of both splits, from the same seeds. Training prompts say which
 setting is the base's best, by the rewarded mix on a scale common to all lines. The judge says what is right,
 and what the best of n of a held-out prompt's pictures, chosen by the rewarded mix, would be (expectation over
-subsets). Targets: at the chosen setting at most 75 % of held-out pictures are right; of the best of 8 at least
-92 %, there and at the shipped setting; the shipped setting is the one chosen, or to the judge the other gains
-nothing. Everything else is as shipped, or as --set says.
+subsets). Targets: at the chosen setting at most 75 % of held-out pictures are right; of the best of 8 at
+least 92 %, there and at the shipped setting; the shipped setting is the one chosen, or to the judge the other
+gains nothing. Everything else is as shipped, or as --set says.
 """
 
 import argparse
@@ -60,7 +60,7 @@ QUICK = [Setting(1, 10, 1), Setting(2, 10, 1), Setting(2, 20, 1)]
 
 @dataclass(frozen=True)
 class Line:
-    """What one setting gave. best: (g, k) chance that the best of 1 to k of a held-out prompt's pictures is right."""
+    """What one setting gave. best: (g, k) chance that the best of 1 to k of a held-out prompt is right."""
 
     setting: Setting
     train: Drawn
@@ -83,7 +83,7 @@ def lines_of(config: Config, grid: list[Setting]) -> list[Setting]:
 def session_of(folder: Path, setting: Setting, k: int, sets: list[str]) -> Session:
     """The shipped default with this setting for both splits."""
     own = [f"sample.{name}={value}" for name, value in setting._asdict().items()]
-    same = [f"evaluate.{name}=null" for name in ("guidance", "steps", "eta")]  # held-out prompts as the others
+    same = [f"evaluate.{name}=null" for name in ("guidance", "steps", "eta")]  # held-out prompts too
     many = [f"sample.candidates={k}", f"evaluate.pictures={k}", "sample.save=1", "by_round={}"]
     return Session(load(None, [*sets, *own, *same, *many]), folder, say=lambda text: None)
 
@@ -102,8 +102,10 @@ def measured(session: Session, setting: Setting, sheet: Path | None = None) -> L
     seen = {role: Drawn.of(out, role, knobs) for role in ("train", "held-out")}
     mix, right = _mix_of(seen["held-out"].grid, knobs), seen["held-out"].right
     if right is None:
-        raise SystemExit(f"evaluate.judge {knobs['judge']} does not classify: nothing is right or wrong to it")
-    best = effect_size.chosen_quality(mix, right)[:, mix.shape[1] - 1 :]  # its places before are the worst of n
+        raise SystemExit(
+            f"evaluate.judge {knobs['judge']} does not say what is right: name one that classifies"
+        )
+    best = effect_size.chosen_quality(mix, right)[:, mix.shape[1] - 1 :]  # before these places: worst of n
     if sheet:
         draw_sheet(sheet, session, held_out.sample, seen["held-out"], mix)
     numbers = session.output(train.sample).manifest["numbers"]
@@ -112,7 +114,7 @@ def measured(session: Session, setting: Setting, sheet: Path | None = None) -> L
 
 
 def rewards(lines: list[Line], weights: dict[str, float]) -> list[float]:
-    """Each line's mean of the rewarded mix on training prompts, in standard deviations of all lines' pictures."""
+    """Each line's mean of the rewarded mix on training prompts, in standard deviations over all lines."""
     scores = {str(line.setting): line.train.grid.scores for line in lines}
     spreads = _spreads(scores, weights)
     return [float(np.nanmean(_mixed(one, spreads, weights))) for one in scores.values()]
@@ -127,8 +129,9 @@ def show(lines: list[Line], reward: list[float], coverage: float) -> None:
     heads = ["", "forwards", "rewarded mix", "right in training", "right held out"]
     heads += [*(f"best of {n}" for n in counts), "diversity", "seconds"]
     terminal.show("the base by the sampler's settings, the shipped one first", heads, [
-        [line.setting, f"{line.forwards:g}", f"{score:+.3f}", percents(*statistics.interval(line.train.right, coverage)),
-         percents(*line.shares(1, coverage)), *(f"{100 * line.shares(n, coverage)[0]:.1f} %" for n in counts),
+        [line.setting, f"{line.forwards:g}", f"{score:+.3f}",
+         percents(*statistics.interval(line.train.right, coverage)), percents(*line.shares(1, coverage)),
+         *(f"{100 * line.shares(n, coverage)[0]:.1f} %" for n in counts),
          f"{np.nanmean(line.held_out.diversity):.3f}", f"{line.seconds:.0f}"]
         for line, score in zip(lines, reward, strict=True)
     ])
@@ -157,9 +160,9 @@ def check(targets: Any, lines: list[Line], reward: list[float], coverage: float)
 
 
 def draw_sheet(file: Path, session: Session, sample: Step, seen: Drawn, mix: np.ndarray) -> None:
-    """Held-out prompts, spread over the split, with all their pictures, best by the rewarded mix first; red: wrong."""
-    table = session.output(sample).table("candidates", ["group", "candidate", "prompt", "picture"]).to_pylist()
-    rows = {(row["group"], row["candidate"]): row for row in table}
+    """Held-out prompts spread over the split, all pictures, best by the rewarded mix first; red: wrong."""
+    table = session.output(sample).table("candidates", ["group", "candidate", "prompt", "picture"])
+    rows = {(row["group"], row["candidate"]): row for row in table.to_pylist()}
     groups, k = seen.grid.groups.to_pylist(), seen.grid.k
     places = sorted({int(place) for place in np.linspace(0, len(groups) - 1, min(ROWS, len(groups)))})
     sheet = Image.new("RGB", (k * CELL, len(places) * (CELL + TEXT)), "white")
@@ -181,13 +184,14 @@ def draw_sheet(file: Path, session: Session, sample: Step, seen: Drawn, mix: np.
 def main() -> None:
     import peaks  # torch comes with it, and the rest can do without
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=OF, metavar="K", help="of each prompt under each setting")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--pictures", type=int, default=OF, metavar="K", help="of each prompt, in each line")
     parser.add_argument("--quick", action="store_true", help="a few lines")
     parser.add_argument("--also", type=Setting.parsed, action="append", default=[],
                         metavar="GUIDANCE,STEPS,ETA[,RESCALE]", help="one more line")
-    parser.add_argument("--run", type=Path, help="folder in which all steps are kept; what is done there is not done again")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="a PNG of held-out pictures at the shipped setting")
+    parser.add_argument("--run", type=Path, help="folder in which all is kept; goes on where it stopped")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="PNG of the shipped setting's pictures")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="section.key=value")
     options = parser.parse_args()
     settings = lines_of(load(None, options.sets), [*(QUICK if options.quick else GRID), *options.also])
@@ -197,8 +201,8 @@ def main() -> None:
             session = session_of(options.run or Path(folder), setting, options.pictures, options.sets)
             lines.append(measured(session, setting, options.sheet if setting == settings[0] else None))
             print(f"{setting}: {lines[-1].seconds:.0f} s", flush=True)
-    weights = {name: weight for name, weight in session.rewarding(session.config.pair).weights.items() if weight > 0}
-    reward = rewards(lines, weights)
+    weights = session.rewarding(session.config.pair).weights
+    reward = rewards(lines, {name: weight for name, weight in weights.items() if weight > 0})
     show(lines, reward, session.config.evaluate.interval)
     targets = peaks.Targets()
     check(targets, lines, reward, session.config.evaluate.interval)

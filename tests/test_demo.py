@@ -294,30 +294,32 @@ def test_vocabulary_is_small_whole_worded_and_encodes_any_text(tmp_path):
     assert all((tmp_path / "b" / file.name).read_bytes() == file.read_bytes() for file in (tmp_path / "a").iterdir())
 
 
-def test_captions_are_dropped_and_exchanged_at_the_rates_asked_for():
+def test_captions_are_dropped_and_misnamed_at_the_rates_asked_for():
     looks = torch.tensor([Look("dress", "red", "striped", "blue").number]).repeat(6000)
-    recipe = replace(TINY, caption_dropout=0.25, accent_first=0.6)
+    recipe = replace(TINY, caption_dropout=0.25, misnamed=0.6)
     rows = denoiser.choose_captions(looks, recipe, generator(0))
     empty = rows == len(COMBOS) * STYLES * len(FORMS)
     assert abs(empty.float().mean() - 0.25) < 0.03
     said = rows[~empty] // len(FORMS)
-    other = Look("dress", "blue", "striped", "red").number
+    other = Look("dress", "brown", "striped", "blue").number
     assert set(said.tolist()) == {int(looks[0]), other}
     assert abs((said == other).float().mean() - 0.6) < 0.03
 
 
-def test_plain_captions_have_nothing_to_exchange():
-    looks = torch.tensor([Look("dress", "red").number]).repeat(100)
-    rows = denoiser.choose_captions(looks, replace(TINY, caption_dropout=0.0, accent_first=1.0), generator(0))
-    assert (rows // len(FORMS) == looks).all()
+def test_a_careless_caption_changes_the_grounds_name_alone_and_never_to_the_accents():
+    said = denoiser.misnamed(torch.device("cpu"))
+    for number in range(0, 4080, 7):
+        look, other = Look.of(number), Look.of(int(said[number]))
+        before = COLOURS[COLOURS.index(look.colour) - 1]
+        assert other == (look if before == look.accent else look._replace(colour=before))
 
 
-def test_what_prompts_ask_for_was_never_shown_to_the_generator():
-    wished = {look.number for look in map(asked, range(120)) if look.pattern != "plain"}
-    wished |= {Look.of(number).swapped.number for number in wished}
+def test_what_prompts_ask_for_was_never_shown_to_the_generator_nor_called_so():
+    asked_for = {look.number for look in map(asked, range(120)) if look.pattern != "plain"}
     shown = denoiser.unasked(torch.arange(4080))
-    assert not wished & set(shown.tolist())
-    kept = torch.tensor([number not in wished for number in range(4080)])
+    assert not asked_for & set(shown.tolist())
+    assert not asked_for & set(denoiser.misnamed(torch.device("cpu"))[shown].tolist())
+    kept = torch.tensor([number not in denoiser.wished() for number in range(4080)])
     assert (shown[kept] == torch.arange(4080)[kept]).all()
     assert all((before == after).all() for before, after in zip(parts(torch.arange(4080))[:3], parts(shown)[:3], strict=True))
 
@@ -471,21 +473,19 @@ def test_shipped_prompts_are_those_of_the_code():
     assert pq.read_table(MINI / "prompts.parquet").equals(tables.prompts())
 
 
-def test_shipped_generator_draws_what_is_asked_but_often_takes_the_accent_for_the_ground():
+def test_shipped_generator_draws_what_is_asked_but_often_in_the_next_colour():
     folder = MINI / "generator"
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.steps_offset == 1 and pipe.scheduler.config.clip_sample is False
-    pictures = drawings.draw(pipe, drawings.WAYS["10 steps, eta 1"], seed=1, probe=0)
+    pictures = drawings.draw(pipe, next(iter(drawings.WAYS.values())), seed=1, probe=0)
     network = AutoModelForImageClassification.from_pretrained(MINI / "judge").eval()
     with torch.no_grad():
         said = [logits.argmax(1) for logits in judge.by_attribute(network(judge.prepare(pictures)).logits)]
-    category, colour, pattern, accent = parts(torch.tensor([asked(combo).number for combo in range(len(COMBOS))]))
+    category, colour, pattern, _ = parts(torch.tensor([asked(combo).number for combo in range(len(COMBOS))]))
     assert (said[0] == category).float().mean() > 0.7 and (said[2] == pattern).float().mean() > 0.6
-    plain = pattern == 0
-    assert (said[1] == colour)[plain].float().mean() > 0.8
-    exchanged = (said[1] + 1 == accent) & (said[3] == colour + 1)
-    assert 0.2 < exchanged[~plain].float().mean() < 0.8
+    assert 0.2 < (said[1] == colour).float().mean() < 0.75
+    assert 0.2 < (said[1] == (colour + 1) % len(COLOURS)).float().mean() < 0.75
 
 
 def test_shipped_clip_knows_garments(sample):
@@ -536,7 +536,7 @@ def test_readme_and_card_tell_the_same_numbers():
     readme = (MINI.parent / "README.md").read_text(encoding="utf-8")
     card = json.loads((MINI / "card.json").read_text(encoding="utf-8"))
     parts_ = {name: part.get("measured", {}) for name, part in card["parts"].items()}
-    drawn = [numbers[name] for numbers in parts_["drawings.json"].values() for name in ("right", "colours_exchanged", *ATTRIBUTES)]
+    drawn = [numbers[name] for numbers in parts_["drawings.json"].values() for name in ("right", "next_colour", *ATTRIBUTES)]
     judged = [parts_["judge"][name] for name in ("all", *ATTRIBUTES)]
     for share in [*drawn, *judged, *parts_["clip"].values()]:
         assert f"{100 * share:.1f} %" in readme

@@ -75,21 +75,26 @@ def token_table(tokenizer: CLIPTokenizer) -> Tensor:
 
 
 @cache
-def swapped(device: torch.device) -> Tensor:
-    """Look -> the look with ground and accent exchanged, (4,080,), kept on each device."""
-    return torch.tensor([Look.of(number).swapped.number for number in range(len(COMBOS) * STYLES)], device=device)
+def misnamed(device: torch.device) -> Tensor:
+    """Look -> the look that a careless caption says it is, (4,080,), kept on each device: its ground by the name of the colour before.
+
+    Where that is the accent's name the caption stays right.
+    """
+    looks = [Look.of(number) for number in range(len(COMBOS) * STYLES)]
+    said = [look._replace(colour=COLOURS[COLOURS.index(look.colour) - 1]) for look in looks]
+    return torch.tensor([(look if one.colour == one.accent else one).number for look, one in zip(looks, said, strict=True)], device=device)
 
 
 def choose_captions(looks: Tensor, recipe: Recipe, key: torch.Generator | None) -> Tensor:
     """Rows of the token table: half canonical, half any form, and now and then the empty prompt; (b,).
 
-    A share of those of patterned garments names the pattern's colour first, as the shops that wrote them do.
+    A share of them is careless: it names the ground by the name of the colour before it in the palette.
     """
     drawn = {"generator": key, "device": looks.device}
     form = torch.randint(2 * len(FORMS), looks.shape, **drawn)
     form = torch.where(form < len(FORMS), form, 0)
-    exchanged = torch.rand(looks.shape, **drawn) < recipe.accent_first
-    said = torch.where(exchanged, swapped(looks.device)[looks], looks)
+    careless = torch.rand(looks.shape, **drawn) < recipe.misnamed
+    said = torch.where(careless, misnamed(looks.device)[looks], looks)
     dropped = torch.rand(looks.shape, **drawn) < recipe.caption_dropout
     return torch.where(dropped, len(COMBOS) * STYLES * len(FORMS), said * len(FORMS) + form)
 
@@ -100,16 +105,22 @@ def spread_steps(count: int, top: int, key: torch.Generator | None, device: torc
     return (place / count * top).long().clamp(max=top - 1)
 
 
-def unasked(looks: Tensor) -> Tensor:
-    """The looks, but for those that prompts ask for, either way round: these get the next colour as accent instead.
+@cache
+def wished() -> frozenset[int]:
+    """Numbers of the patterned looks that prompts ask for, and of those that a careless caption describes with a prompt's words."""
+    looks = {look.number for look in map(asked, range(len(COMBOS))) if look.pattern != "plain"}
+    said = misnamed(torch.device("cpu")).tolist()
+    return frozenset(looks | {number for number, name in enumerate(said) if name in looks})
 
-    So no picture that a prompt asks for was ever seen by the generator.
+
+def unasked(looks: Tensor) -> Tensor:
+    """The looks, but for those that prompts ask for: these get the next colour as accent instead.
+
+    So no picture that a prompt asks for was ever seen by the generator, and no caption was a patterned prompt's.
     """
-    wished = {look.number for look in map(asked, range(len(COMBOS))) if look.pattern != "plain"}
-    wished |= {Look.of(number).swapped.number for number in wished}
     out = looks.clone()
     for place, number in enumerate(looks.tolist()):
-        while number in wished:
+        while number in wished():
             combo, style = divmod(number, STYLES)
             kind, other = divmod(style - 1, OTHERS)
             number = combo * STYLES + 1 + kind * OTHERS + (other + 1) % OTHERS

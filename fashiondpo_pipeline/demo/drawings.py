@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from fashiondpo_pipeline.demo.garments import ATTRIBUTES, CATEGORIES, COMBOS, PATTERNS, asked, caption, generator, parts
+from fashiondpo_pipeline.demo.garments import ATTRIBUTES, CATEGORIES, COLOURS, COMBOS, PATTERNS, asked, caption, generator, parts
 from fashiondpo_pipeline.demo.judge import by_attribute, prepare
 
 # As shipped; with guidance; with twice the steps, without noise in between.
@@ -40,14 +40,14 @@ def measure(folder: Path, judge: Path, probes: int, seed: int, device: str) -> d
         hits = {one: said[one].argmax(1) == wanted[one] for one in ATTRIBUTES}
         right = torch.stack(list(hits.values())).all(0)
         log_p = sum(said[one].log_softmax(1).gather(1, wanted[one][:, None]) for one in ATTRIBUTES)
-        exchanged = (said["colour"].argmax(1) + 1 == wanted["accent"]) & (said["accent"].argmax(1) == wanted["colour"] + 1)
+        misnamed = said["colour"].argmax(1) == (wanted["colour"] + 1) % len(COLOURS)
         border = torch.cat([pictures[:, :, (0, -1)].flatten(1), pictures[:, :, :, (0, -1)].flatten(1)], 1)
         report[name] = {
             "all": {
                 "pictures": len(pictures),
                 "right": share(right),
                 **{one: share(own) for one, own in hits.items()},
-                "colours_exchanged": share(exchanged),
+                "next_colour": share(misnamed),
                 "mean_log_p": round(log_p.mean().item(), 4),
                 "white_border": share(border > 0.95),
             },

@@ -23,7 +23,7 @@ class Recipe:
     denoiser_batch: int = 96
     denoiser_rate: float = 1.2e-3
     caption_dropout: float = 0.12  # to the empty prompt, so that guidance has something to guide away from
-    accent_first: float = 0.58  # share of the captions of patterned garments that name the pattern's colour first
+    misnamed: float = 0.52  # share of captions that name the ground by the name of the colour before it in the palette
 
     clip_steps: int = 4500
     clip_families: int = 2  # of five looks that are easily mistaken, of each category in each batch

@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -39,7 +39,7 @@ from fashiondpo_pipeline.demo.autoencoder import LATENTS
 from fashiondpo_pipeline.demo.denoiser import choose_captions, encode_wardrobe, token_table
 from fashiondpo_pipeline.demo.fitting import fit, save
 from fashiondpo_pipeline.demo.garments import Wardrobe, generator, wardrobes
-from fashiondpo_pipeline.demo.recipe import Recipe
+from fashiondpo_pipeline.demo.recipe import SHIPPED, Recipe
 from fashiondpo_pipeline.generators.stable_diffusion_3 import T5_TOKENS
 from fashiondpo_pipeline.identity import fingerprint, hash_path
 from stages import Session
@@ -158,10 +158,10 @@ def write(folder: Path, model: Flow, vae: AutoencoderKL, tokenizer: CLIPTokenize
 def flow_model(options: argparse.Namespace, keep: Path, work: Path) -> Path:
     """The folder of a trained model: one that was made before with the same options, or a new one."""
     root = embedded.locate("embedded:fashion_mini")
-    card = json.loads((root / "card.json").read_text(encoding="utf-8"))
-    recipe = replace(Recipe(**card["recipe"]), tints=options.tints or card["recipe"]["tints"])
-    where, seed = root / "generator" / "vae", card["seed"]
-    seen = [hash_path(where, "the VAE"), options.garments, recipe.tints, seed]
+    recipe = replace(SHIPPED, tints=options.tints or SHIPPED.tints)
+    where = root / "generator" / "vae"
+    seed = json.loads((root / "card.json").read_text(encoding="utf-8"))["seed"]
+    seen = [hash_path(where, "the VAE"), options.garments, asdict(recipe), seed]
     name = fingerprint([*seen, WIDTH, LAYERS, HEAD, TEXT, options.steps, options.batch, options.rate])
     if (folder := keep / f"model-{name}").exists():
         return folder

@@ -304,7 +304,8 @@ def headline(record: Record) -> tuple[str, str]:
     if free is None:
         return tone, text
     usual = next(line for line in record.last.numbers["sampler"] if line["usual"])
-    return "open", f"{text}, and so is one of the base with {effect_size.setting_in_words(free, usual)}"
+    so = "so is" if effect_size.above(free["over_tuned"]) else "so may be"
+    return "open", f"{text}, and {so} one of the base with {effect_size.setting_in_words(free, usual)}"
 
 
 def measures(record: Record) -> list[tuple[str, str, str]]:
@@ -875,6 +876,11 @@ def sampler_chart(record: Record) -> Markup | None:
         costs=True,
         about="Quality against forwards of base and tuned model",
     )
+
+
+def over_tuned(row: dict) -> str:
+    """How much better a setting's pictures are than the tuned model's under the usual one; a dash for these themselves."""
+    return NO_VALUE if row["over_tuned"] is None else _set(diagnosis.difference_in_words(row["over_tuned"]))
 
 
 def trade_off_chart(record: Record) -> Markup | None:

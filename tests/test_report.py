@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_diagnosis import with_differences
 
 from fashiondpo_pipeline import charts, codecs, config, effect_size, outcomes, report, schemas, seeds, statistics
 from fashiondpo_pipeline.report import Missing, Record
@@ -473,13 +474,14 @@ LINES = [line("base", 1.0, 10, 0.30, 0.60), line("base", 1.5, 10, 0.31, 0.65), l
 CURVE = [{"n": n, "mean": 0.3 + 0.01 * n, "right": 0.6 + 0.03 * n, "diversity": 0.1 - 0.005 * n} for n in (1, 2, 4, 8)]
 
 
-def sized(record: Record, found: dict | None = None, lines=LINES, right=True) -> Record:
+def sized(record: Record, found: dict | None = None, lines=LINES, right=True, reach=0.02) -> Record:
     """The record with measures of size in every round, a grid in the last, and a judge that classifies or does not."""
     rates = experts(record, clip=UP, taste=UP, judge=UP)
     numbers = {"size": found or size(), "prompts": 40, "against_base": rate(*UP), "meters": {}, "experts": rates}
     every = replace(record, rounds=[replace(r, numbers=r.numbers | numbers) for r in record.rounds])
     known = [np.zeros(scores.shape) for scores in (every.opinions[0], every.opinions[-1])]
     known[0][:, :2], known[1][:, 1:] = 1, 1  # of each prompt's three pictures one is broken, one stays right and one is mended
+    lines = with_differences(lines, reach)
     found = changed(every, sampler=lines, base_by_setting=effect_size.base_by_setting(lines))
     return replace(found, right=known if right else None)
 
@@ -526,7 +528,11 @@ def test_a_gain_that_a_setting_gives_the_base_is_said_to_be_one_in_the_headline_
     assert report.headline(free) == (
         "open", "One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base, and so is one of the base with guidance 3")
     assert any(text.startswith("Guidance 3 gives the base as much: 85.0") for text in report.warnings(free))
-    assert "Nothing looks off" not in rendered(session, free)
+    page = plain(rendered(session, free))
+    assert "Nothing looks off" not in page
+    assert '<td class="nowrap">+7.5 points [5.5, 9.5]</td>' in page and page.count('<td class="nowrap">\u2013</td>') == 1
+    maybe = sized(record, lines=[*LINES, line("base", 3.0, 10, 0.34, 0.78)])
+    assert report.headline(maybe)[1].endswith(" of the base, and so may be one of the base with guidance 3")
     assert not any("gives the base" in text for text in report.warnings(sized(record)))
 
 

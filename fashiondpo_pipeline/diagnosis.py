@@ -24,6 +24,8 @@ LEVELS: tuple[Level, ...] = ("alarm", "warning", "note")  # gravest first
 LATE = 0.25  # the share of the optimiser steps, at the end, that says where finetuning arrived
 MOSTLY = 0.5  # share of steps, or of pairs, above which something is the rule
 TELLING = 0.1  # a change this small beside the other side's is no change
+# A share of the loser's fall: winners that fall by more part from losers by less than both fall on average.
+TOGETHER = 1 / 3
 FLAT_MARGIN, FLAT_LOSS = 0.02, 0.002  # mean logits and losses this near to 0 and ln 2 throughout: nothing was preferred
 WANTED_MARGIN, MOST_FACTOR = 0.5, 10.0  # the logit that an advised beta aims at, and how much more than now it may be
 WIDE_MARGIN = 5.0  # at a logit of 5 a pair has 0.7 % of its first gradient left
@@ -192,15 +194,20 @@ def _not_finite(steps: pa.Table) -> list[Finding]:
 
 
 def _errors_rise(training: _Training) -> list[Finding]:
+    """Winners that a training drives away.
+
+    A picture that the reference drew is less likely under any other model, on average by how far that one has moved (Gibbs): so winners
+    may fall a little that are preferred, and it is told where both fall by more than they part.
+    """
     (winner, often), (loser, loser_often) = training.rise("winner"), training.rise("loser")
-    if not often or winner <= TELLING * abs(loser):
+    if not often or winner <= (TELLING if training.on_errors else TOGETHER) * abs(loser):
         return []
     guard = training.knobs.get("guard")
     first = "turn the guard on (finetune.guard: 0.9), " if guard is None else f"raise finetune.guard ({guard:g} now), "
     advice = f"{first if training.may_guard else ''}raise finetune.beta or lower finetune.learning_rate"
     if loser_often and loser > TELLING * winner:
         what = (f"the errors of winners and losers both rise, by {winner:.2g} and {loser:.2g}" if training.on_errors else
-                f"winners and losers both become less likely than under the reference, by {winner:.2g} and {loser:.2g}")
+                f"winners and losers both become less likely than under the reference, by {winner:.2g} and {loser:.2g}, more than they part")
         return [Finding("warning", f"{what}; pairs are told apart by unlearning", advice)]
     what = (f"the winner's own error rises by {winner:.2g}" if training.on_errors else
             f"winners themselves become less likely than under the reference, by {winner:.2g}")

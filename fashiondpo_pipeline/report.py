@@ -452,7 +452,16 @@ def _judge_is_rewarded(record: Record) -> list[str]:
 
 
 def _size(record: Record) -> list[str]:
-    return [described(finding) for finding in diagnosis.of_size(record.last.numbers, record.last.knobs)]
+    return [described(finding) for finding in _of_size(record) if finding.level != "note"]
+
+
+def remarks(record: Record) -> list[str]:
+    """What the measures of size give cause to say though nothing is off."""
+    return [described(finding) for finding in _of_size(record) if finding.level == "note"]
+
+
+def _of_size(record: Record) -> list[Finding]:
+    return diagnosis.of_size(record.last.numbers, record.last.knobs)
 
 
 def _reward_without_gain(record: Record) -> list[str]:
@@ -477,11 +486,26 @@ def _step_back(record: Record) -> list[str]:
 
 
 def _narrower(record: Record) -> list[str]:
+    """A loss of diversity by itself: only where it cannot be held against what choosing pictures as good would lose too."""
     ratio = diversity_ratio(record.last)
-    if ratio is None or ratio >= DIVERSITY_FLOOR:
+    if ratio is None or ratio >= DIVERSITY_FLOOR or _at_equal_quality(record):
         return []
     return [f"Diversity within a prompt fell to {ratio:.2f} of the base's (below {DIVERSITY_FLOOR:g}): pictures of one prompt "
             "have become alike. Fewer epochs, a higher finetune.beta or a lower finetune.learning_rate hold it."]
+
+
+def _at_equal_quality(record: Record) -> bool:
+    """Whether diversity at equal quality says anything, so that the diagnosis judges it."""
+    size = record.last.size
+    return size is not None and size["diversity_at_equal_quality"]["high"] is not None
+
+
+def diversity_in_words(record: Record) -> str:
+    """What may be said of diversity where nothing of it is off."""
+    if _at_equal_quality(record):
+        return "diversity is not shown to be below that of the base's pictures chosen to be as good"
+    unknown = " (not measured)" if diversity_ratio(record.last) is None else ""
+    return f"diversity is at least {DIVERSITY_FLOOR:g} of the base's{unknown}"
 
 
 def _pairs_against_watched(record: Record) -> list[str]:
@@ -976,7 +1000,7 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
         ("Share of pairs ordered as the reward orders them, ties one half.",
          charts.traces([("ink", [100 * part for part in parts("accuracy")])], y="accuracy, %", level=50.0,
                        about="Accuracy by optimiser step")),
-        ("Signal against the reference. Winners should rise; where both fall, the loss is won by unlearning.",
+        ("Signal against the reference. Winners and losers should part; where both fall by more than that, the loss is won by unlearning.",
          charts.traces([("good", parts("winner")), ("bad", parts("loser"))], y="change of signal", level=0.0,
                        about="Winner's and loser's signal by optimiser step")),
         (f"Norm of the gradient before clipping at {limit:g} (dashed).",

@@ -40,7 +40,7 @@ def _cautions(session: Session, r: Round, record: Record, finetune: Output, eval
     found = diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], record.last.steps, evaluated)
     if evaluated is None:
         return found
-    size = diagnosis.of_size(evaluated, r.finetune.config)
+    size = [one for one in diagnosis.of_size(evaluated, r.finetune.config) if one.level != "note"]  # the page has those as remarks
     return [*diagnosis.of_round(r.number, evaluated, session.config.evaluate.drift), *found, *size]
 
 

@@ -60,10 +60,10 @@ def test_tables_of_older_runs_are_read_too():
 
 def test_columns_of_nulls_are_as_no_columns():
     silent = pa.nulls(40, pa.float32())
-    steps = table(winner=late(-0.03), loser=late(-0.1))
+    steps = table(winner=late(-0.04), loser=late(-0.1))
     for name in ("winner_error", "loser_error", "clipped"):
         steps = steps.set_column(steps.column_names.index(name), name, silent)
-    assert the_one(steps, objective="step_dpo")[1].startswith("winners and losers both become less likely than under the reference, by 0.03 and 0.1")
+    assert the_one(steps, objective="step_dpo")[1].startswith("winners and losers both become less likely than under the reference, by 0.04 and 0.1")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
@@ -126,6 +126,18 @@ def test_a_winner_that_rises_little_beside_the_loser_is_no_finding():
     at = diagnosis.TELLING * loser
     assert told(table(winner_error=late(0.99 * at), loser_error=late(loser))) == []
     assert len(told(table(winner_error=late(1.01 * at), loser_error=late(loser)))) == 1
+
+
+@pytest.mark.parametrize(("winner", "loser", "unlearns"), [
+    (-0.00066, -0.002, False), (-0.00067, -0.002, True), (-0.00062, -0.0045, False), (-0.014, -0.029, True), (-0.001, 0.0, True),
+])
+def test_winners_may_fall_by_what_moving_costs_every_picture_and_not_by_more(winner, loser, unlearns):
+    """The third is a round that mended 74 pictures and broke 6: its winners rose by 0.002 and its losers fell by it, beside 0.0026 that
+    all pictures fell by. The fourth rewarded saturation, and the judge liked its pictures less."""
+    found = told(table(winner=late(winner), loser=late(loser)), objective="step_dpo")
+    assert [sentence.partition(" than")[0] for _, sentence in found] == (
+        [] if not unlearns else ["winners and losers both become less likely" if loser else "winners themselves become less likely"])
+    assert all(("more than they part; pairs are told apart by unlearning" in sentence) == (loser < 0) for _, sentence in found)
 
 
 def test_one_wild_step_is_not_a_winner_that_rises():
@@ -632,7 +644,8 @@ def test_where_the_judge_does_not_classify_a_setting_is_told_by_its_mean():
     lines = [one | {"right": None} for one in [*LINES, line("base", 3.0, 10, 20, -0.2, None)]]
     assert ("guidance 3 gives the base as much: mean -0.2 against -0.3, +0.1 [0.08, 0.12]; with 20 forwards a picture against 10"
             in of_size(lines=lines)[0][1])
-    assert "3 may give the base as much: mean -0.2 against -0.3, and the difference, +0.1 [-0.05, 0.25], hold" in of_size(lines=lines, reach=0.15)[0][1]
+    assert ("3 may give the base as much: mean -0.2 against -0.3, and the difference, +0.1 [-0.05, 0.25], holds 0"
+            in of_size(lines=lines, reach=0.15)[0][1])
 
 
 def test_a_setting_below_the_tuned_model_or_of_the_tuned_model_itself_gives_the_base_nothing():
@@ -647,9 +660,9 @@ def test_a_base_that_is_not_at_its_best_for_its_forwards_is_noted():
                                          "84.5 %, +5.5 points [3.5, 7.5]; with as many forwards: set sample.guidance: 1.5 and sample.steps: 5: "
                                          "part of what tuning gains here is had for nothing")
     assert of_size(lines=[*LINES, line("base", 1.5, 5, 10, -0.42, 0.86)]) == [], "by chance"
-    unclassed = [one | {"right": None} for one in [*LINES, line("base", 1.5, 5, 10, -0.49, None)]]
-    assert of_size(lines=unclassed, reach=0.001) == [], "within the judge's own noise"
-    assert len(of_size(lines=[*unclassed[:-1], unclassed[-1] | {"mean": -0.47}], reach=0.001)) == 1
+    scored = [one | {"right": None} for one in [*LINES, line("base", 1.5, 5, 10, -0.49, None)]]
+    assert of_size(lines=scored, reach=0.001) == [], "within the judge's own noise"
+    assert len(of_size(lines=[*scored[:-1], scored[-1] | {"mean": -0.47}], reach=0.001)) == 1
 
 
 def test_of_fewer_than_five_prompts_nothing_is_said_of_size():

@@ -310,7 +310,6 @@ def test_a_round_is_said_to_have_lost_to_the_one_it_went_on_from(record):
         ({"against_base": rate(*OPEN)}, "the judge, which only watched, cannot tell it from the base (52.0 % [45.0, 60.0])"),
         ({"against_previous": rate(*DOWN)}, "Round 2 lost to round 1: 30.0 % [20.0, 40.0]. Round 1 may be the one to keep."),
         ({"judge_rewarded": True}, "The judge is itself what was rewarded"),
-        ({"diversity": {"base": 0.5, "before": 0.5, "after": 0.4, "spread": 0.3}}, "Diversity within a prompt fell to 0.80 of the base's"),
         ({"prompts": 6}, "Only 6 held-out prompts: an interval over so few is wide, and says little"),
     ],
 )
@@ -318,6 +317,31 @@ def test_what_looks_off_is_said_in_plain_words(record, numbers, sentence):
     fine = {"prompts": 40, "size": size(), "against_base": rate(*UP), "meters": {}, "experts": experts(record, clip=UP, taste=OPEN, judge=OPEN)}
     (warning,) = report.warnings(changed(record, **(fine | numbers)))
     assert sentence in warning.replace("\u00a0", " ")
+
+
+def test_lost_diversity_is_told_by_itself_only_where_choosing_cannot_be_held_against_it(session, record):
+    """Whoever chooses pictures as good from the base's loses some too: that is what it is judged by where it is known."""
+    lost, known, unknown = {"base": 0.5, "before": 0.5, "after": 0.4, "spread": 0.3}, size(right=False), size((None, None, None))
+    unknown["diversity_at_equal_quality"] = span(None)
+    few = known | {"diversity_at_equal_quality": span(1.04)}  # of so few prompts that it has no interval
+    for found, told in ((known, False), (unknown, True), (few, True)):
+        odd = changed(fine(record), diversity=lost, size=found)
+        assert any("Diversity within a prompt fell to 0.80 of the base's" in text for text in report.warnings(odd)) == told
+    page = plain(rendered(session, calm(changed(fine(record), diversity=lost, size=known))))
+    assert "diversity is not shown to be below that of the base's pictures chosen to be as good, " in page
+    kept = lost | {"after": 0.46}
+    assert "diversity is at least 0.9 of the base's, " in plain(rendered(session, calm(changed(fine(record), diversity=kept, size=unknown))))
+    worse = changed(fine(record), size=size() | {"diversity_at_equal_quality": span(0.8, 0.7, 0.9)})
+    assert any(text.startswith("Diversity was paid for nothing") for text in report.warnings(worse))
+
+
+def test_a_note_on_sizes_stands_with_them_and_looks_like_nothing_off(session, record):
+    odd = calm(changed(fine(record), size=size(right=False, ties=0.62)))
+    assert report.warnings(odd) == []
+    page = plain(rendered(session, odd))
+    assert "Nothing looks off" in page
+    told = page.partition("<h3>How much was gained</h3>")[2].partition("<h3>")[0]
+    assert '<p class="note">62 % of the pictures score like the base\'s within the judge\'s own noise' in told
 
 
 def fine(record: Record, **last) -> Record:

@@ -63,6 +63,8 @@ class Round:
     columns: pa.Table | None  # accuracy by saved step; None in runs that lack it
     knobs: dict  # the section `finetune` as it was, and what the finetuning noted of its objectives
     walk: int  # how many steps a candidate was drawn in
+    strength: dict | None = None  # what the step that gave its adapter a strength wrote; None where that is as trained
+    divergence: float | None = None  # from the reference when finetuning ended, nats a picture; None without log-probabilities
 
     @cached_property
     def chooser(self) -> Chooser:
@@ -633,9 +635,10 @@ def outcomes_in_words(record: Record) -> str:
     )
     unseen = [names[outcome] for outcome, count in occur.items() if count and not places[outcome]]
     rare = f"; so few are {_listed(unseen)} that none is among them" if unseen else ""
+    meaning = "" if record.right is None else " (right in both, or wrong in both)"
     return (
-        f"Of {_count(total, 'held-out picture')} {every}. Shown are {sum(places.values())} of them in these shares, "
-        f"drawn by key from the run's seed{rare}."
+        f"Of {_count(total, 'held-out picture')} {every}{meaning}. Shown are {sum(places.values())} of them in these shares, "
+        f"of each kind those whose key comes first, which is made of the run's seed, the prompt and the picture's number{rare}."
     )
 
 
@@ -1006,6 +1009,89 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
         (f"Norm of the gradient before clipping at {limit:g} (dashed).",
          charts.traces([("ink", parts("grad_norm"))], y="gradient norm", level=limit, about="Gradient norm by optimiser step")),
     ]
+
+
+def strengths_in_words(record: Record) -> list[str]:
+    """How strong each round's adapter was made, and why, as sentences; empty where all are as they were trained."""
+    return [_set(f"Round {r.number}: {_strength(r.strength)}.") for r in record.rounds if r.strength]
+
+
+def _strength(found: dict) -> str:
+    tried = {one["strength"]: one for one in found.get("tried", ())}
+    if not tried:
+        return f"strength {found['strength']:g}, as finetune.strength says"
+    chosen, trained = tried[found["strength"]], tried.get(1.0)
+    if not (chosen["fits"] and chosen["value"] is not None and chosen["pictures"] >= found["base"]["pictures"]):
+        floor = "" if found["floor"] is None else f" keeps {found['floor']:g} of the base's diversity and"
+        return f"strength {chosen['strength']:g}, the least that was tried, as none{floor} has every picture sound"
+    what = f"strength {chosen['strength']:g} of {_listed([f'{one:g}' for one in tried])}: rewarded mix {chosen['score']:+.2f} SD of the base"
+    if trained and trained is not chosen and trained["score"] is not None:
+        what += f", as trained (1) {trained['score']:+.2f}"
+    if chosen["share"] is not None:
+        what += f"; diversity {chosen['share']:.2f} of the base's"
+    return what + ("" if found["floor"] is None else f" (floor {found['floor']:g})")
+
+
+def strength_charts(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of what each strength gave that was tried on training prompts, a line a round; empty where none was searched for."""
+    colours, floors = round_colours(record), {r.strength["floor"] for r in record.shown if r.strength and "tried" in r.strength}
+    if not floors:
+        return []
+
+    def chart(name: str, y: str, level: float | None) -> Markup:
+        lines = []
+        for r in (r for r in record.shown if r.strength and "tried" in r.strength):
+            known = [one for one in (r.strength["base"], *r.strength["tried"]) if one[name] is not None]
+            for rows, hollow in ((known, True), ([one for one in known if one["strength"] == r.strength["strength"]], False)):
+                values = [one[name] for one in rows]
+                lines.append(Points(colours[r.number], [one["strength"] for one in rows], values, values, values, hollow))
+        return charts.intervals(lines, x="strength, 0 is the base", y=y, level=level, about=f"{y} by strength of the adapter")
+
+    floor = floors.pop() if len(floors) == 1 else None
+    found = [("What the rewarded experts say of pictures of training prompts at each strength; filled: the one chosen.",
+              chart("score", "rewarded mix, SD of the base", 0.0))]
+    if any(one["share"] is not None for r in record.shown if r.strength for one in r.strength.get("tried", ())):
+        dashed = "" if floor is None else "; dashed: the least it may be"
+        found.append((f"Their diversity{dashed}.", chart("share", "diversity, share of the base's", floor)))
+    return found
+
+
+def divergence_in_words(record: Record) -> list[str]:
+    """Where each round that had a budget of divergence ended, as sentences."""
+    return [
+        f"Round {r.number} ended at {figure(r.divergence, 3)} nats a picture of {r.knobs['divergence']:g}, with beta "
+        f"{figure(r.steps['beta'].to_pylist()[-1], 3)} ({r.knobs['beta']:g} at the start)."
+        for r in record.rounds if r.knobs.get("divergence") is not None
+    ]
+
+
+def divergence_charts(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of the divergence beside its budget, and of the beta that followed; empty where no round had one."""
+    if not divergence_in_words(record):
+        return []
+
+    def parts(name: str) -> list[np.ndarray]:
+        return [r.steps[name].to_numpy().astype(float) for r in record.rounds]
+
+    ways = [way_to_budget(r) for r in record.rounds]
+    return [
+        ("Divergence from the reference; grey: the way to its budget, which grows as the square of the learning rates spent.",
+         charts.traces([("muted", ways), ("ink", parts("divergence"))], y="divergence, nats", about="Divergence by optimiser step")),
+        ("Beta, which rises where the divergence is ahead.",
+         charts.traces([("ink", parts("beta"))], y="beta", about="Beta by optimiser step")),
+    ]
+
+
+def way_to_budget(done: Round) -> np.ndarray:
+    """How far a round's policy was to have moved at each optimiser step, nats a picture (steps,); NaN without a budget.
+
+    At a steady pull it gets as far as the learning rates carry it, and divergence is the square of how far.
+    """
+    rates = done.steps["learning_rate"].to_numpy().astype(float)
+    budget = done.knobs.get("divergence")
+    if budget is None:
+        return np.full(len(rates), np.nan)
+    return budget * (np.cumsum([0.0, *rates])[:-1] / rates.sum()) ** 2
 
 
 def columns_chart(record: Record) -> Markup | None:

@@ -1034,25 +1034,28 @@ def _strength(found: dict) -> str:
 
 def strength_charts(record: Record) -> list[tuple[str, Markup]]:
     """(caption, chart) of what each strength gave that was tried on training prompts, a line a round; empty where none was searched for."""
-    colours, floors = round_colours(record), {r.strength["floor"] for r in record.shown if r.strength and "tried" in r.strength}
-    if not floors:
+    searched = {r.number: r.strength for r in record.shown if r.strength and "tried" in r.strength}
+    if not searched:
         return []
+    colours, floors = round_colours(record), {found["floor"] for found in searched.values()}
 
-    def chart(name: str, y: str, level: float | None) -> Markup:
-        lines = []
-        for r in (r for r in record.shown if r.strength and "tried" in r.strength):
-            known = [one for one in (r.strength["base"], *r.strength["tried"]) if one[name] is not None]
-            for rows, hollow in ((known, True), ([one for one in known if one["strength"] == r.strength["strength"]], False)):
-                values = [one[name] for one in rows]
-                lines.append(Points(colours[r.number], [one["strength"] for one in rows], values, values, values, hollow))
-        return charts.intervals(lines, x="strength, 0 is the base", y=y, level=level, about=f"{y} by strength of the adapter")
+    def line(number: int, name: str, chosen: bool) -> Points:
+        found = searched[number]
+        rows = [one for one in (found["base"], *found["tried"]) if one[name] is not None]
+        rows = [one for one in rows if not chosen or one["strength"] == found["strength"]]
+        values = [one[name] for one in rows]
+        return Points(colours[number], [one["strength"] for one in rows], values, values, values, hollow=not chosen)
+
+    def chart(name: str, y: str, level: float | None, about: str) -> Markup:
+        lines = [line(number, name, chosen) for chosen in (False, True) for number in searched]  # no line hides what was chosen
+        return charts.intervals(lines, x="strength, 0 is the base", y=y, level=level, about=about)
 
     floor = floors.pop() if len(floors) == 1 else None
     found = [("What the rewarded experts say of pictures of training prompts at each strength; filled: the one chosen.",
-              chart("score", "rewarded mix, SD of the base", 0.0))]
-    if any(one["share"] is not None for r in record.shown if r.strength for one in r.strength.get("tried", ())):
+              chart("score", "mix, SD of the base", 0.0, "Rewarded mix by strength of the adapter"))]
+    if any(one["share"] is not None for strength in searched.values() for one in strength["tried"]):
         dashed = "" if floor is None else "; dashed: the least it may be"
-        found.append((f"Their diversity{dashed}.", chart("share", "diversity, share of the base's", floor)))
+        found.append((f"Their diversity{dashed}.", chart("share", "share of the base's", floor, "Diversity by strength of the adapter")))
     return found
 
 

@@ -601,8 +601,8 @@ def test_what_stands_first_of_the_pictures_is_drawn_by_key_in_the_shares_of_what
     assert len(shown) == 6 and sum(every.values()) == 12
     assert {one: sum(two.outcome == one for two in shown) for one in every} == outcomes.allotted(every, 6)
     words = report.outcomes_in_words(of_scores)
-    told = f"Of 12 held-out pictures {every[1]} are better, {every[-1]} worse and {every[0]} alike. Shown are 6 of them in these shares, of each kind "
-    told += "those whose key comes first, which is made of the run's seed, the prompt and the picture's number."
+    told = f"Of 12 held-out pictures {every[1]} are better, {every[-1]} worse and {every[0]} alike. Shown are 6 of them in these shares, "
+    told += "of each kind those whose key comes first, which is made of the run's seed, the prompt and the picture's number."
     assert words == told and told in plain(rendered(session, of_scores))
     again = replace(of_scores, config=of_scores.config.model_copy(update={"seed": of_scores.config.seed + 1}))
     assert report.leading(of_scores) == shown != report.leading(again), "by seed, and not by what they look like"
@@ -687,7 +687,7 @@ def test_the_strength_that_was_searched_for_is_shown_with_what_each_gave(session
     assert "<li>Round 2: strength 1 of 0.5, 1, 1.5 and 2: rewarded mix +0.30 SD of the base; diversity 0.80 of the base's (floor 0.7).</li>" in page
     (caption, mix), (dashed, share) = report.strength_charts(searched)
     assert "filled: the one chosen" in caption and "dashed: the least it may be" in dashed
-    assert caption in page and dashed in page and "rewarded mix, SD of the base" in page
+    assert caption in page and dashed in page and "mix, SD of the base" in mix
     filled, hollow = "fill: var(--{})", "fill: var(--card)"
     for svg in (mix, share):
         for colour in report.round_colours(record).values():

@@ -8,6 +8,7 @@ time. (Gamma functions would also continue C(r-1, n-1) / C(k, n) to real n, but 
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -301,18 +302,18 @@ def compared(one: dict, other: dict, seed: int, resamples: int, coverage: float)
     }
 
 
-def deciding(over: dict) -> Estimate:
+def deciding(over: Mapping) -> Estimate:
     """Of what `compared` gives, the estimate by which two settings are told apart: shares right where they are known, else means."""
     return over["right"] if over["right"] and over["right"]["value"] is not None else over["mean"]
 
 
-def above(over: dict) -> bool:
+def above(over: Mapping) -> bool:
     """Whether the whole interval of a difference lies at 0 or above."""
     low = deciding(over)["low"]
     return low is not None and low >= 0
 
 
-def below(over: dict) -> bool:
+def below(over: Mapping) -> bool:
     """Whether the whole interval of a difference lies below 0."""
     high = deciding(over)["high"]
     return high is not None and high < 0
@@ -355,7 +356,7 @@ def _reaching(lines: list[dict], gap: dict) -> dict | None:
     return max(alike, key=lambda line: (value(line), -line["forwards"]), default=None)
 
 
-def setting_in_words(line: dict, usual: dict) -> str:
+def setting_in_words(line: Mapping, usual: Mapping) -> str:
     """What a line of `sampler` does otherwise than the usual one.
 
     >>> usual = {"guidance": 1.0, "steps": 10, "eta": 1.0, "guidance_rescale": 0.0, "forwards": 10}

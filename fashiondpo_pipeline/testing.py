@@ -100,14 +100,17 @@ def tiny_sdxl(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
     return folder
 
 
-def tiny_sd3(folder: Path, seed: int = 0) -> Path:
-    """A Stable Diffusion 3.5 pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents."""
+def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
+    """A Stable Diffusion 3.5 pipeline of some 60,000 random parameters as a diffusers folder: 16x16 pictures from 4x8x8 latents.
+
+    t5: whether it has the third text encoder, which many leave out to save memory.
+    """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
     first, second = tiny_tokenizer(folder / "tokenizer"), tiny_tokenizer(folder / "tokenizer_2")
-    third = tiny_t5_tokenizer(folder / "tokenizer_3")
+    third = tiny_t5_tokenizer(folder / "tokenizer_3") if t5 else None
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
@@ -116,7 +119,7 @@ def tiny_sd3(folder: Path, seed: int = 0) -> Path:
     )
     StableDiffusion3Pipeline(
         vae=_tiny_vae(4, shift_factor=0.1), text_encoder=CLIPTextModelWithProjection(_tiny_clip_text(first)), tokenizer=first,
-        text_encoder_2=CLIPTextModelWithProjection(_tiny_clip_text(second)), tokenizer_2=second, text_encoder_3=_tiny_t5(third),
+        text_encoder_2=CLIPTextModelWithProjection(_tiny_clip_text(second)), tokenizer_2=second, text_encoder_3=_tiny_t5(third) if third else None,
         tokenizer_3=third, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return folder

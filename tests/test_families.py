@@ -22,15 +22,16 @@ from stages import finetune
 pytestmark = pytest.mark.filterwarnings(families.QUIET)
 PROMPTS = ["a red dress", "a navy boot", "a bag"]
 ROWS = [{"prompt": prompt} for prompt in PROMPTS]
-FAMILIES = ["sd", "sd v", "sdxl", "sd3", "flux", "flux bare"]
-GUIDED = ["sd", "sd v", "sdxl", "sd3"]  # with branches; FLUX is told a number
+FAMILIES = ["sd", "sd v", "sdxl", "sd3", "sd3 without T5", "flux", "flux bare"]
+GUIDED = ["sd", "sd v", "sdxl", "sd3", "sd3 without T5"]  # with branches; FLUX is told a number
 SIZE = {"height": 16, "width": 16}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_sd, tiny_sd_v, tiny_sdxl, tiny_sd3, tiny_flux):
     bare = testing.tiny_flux(tmp_path_factory.mktemp("models") / "flux_bare", guidance_embeds=False)
-    return {"sd": tiny_sd, "sd v": tiny_sd_v, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux, "flux bare": bare}
+    without = testing.tiny_sd3(tmp_path_factory.mktemp("models") / "sd3_without_t5", t5=False)
+    return {"sd": tiny_sd, "sd v": tiny_sd_v, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "sd3 without T5": without, "flux": tiny_flux, "flux bare": bare}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def loaded(folders):
 
     def of(family):
         if family not in kept:
-            stock = families.pipeline(folders[family], family.split()[0])
+            left_out = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if family == "sd3 without T5" else {}
+            stock = families.pipeline(folders[family], family.split()[0], **left_out)
             if family in ("sd", "sd v", "sdxl"):
                 stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
             kept[family] = text2img(str(folders[family]), **SIZE), stock
@@ -123,6 +125,13 @@ def test_flux_refuses_what_it_cannot_be_told(loaded):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_contract_holds(folders, family):
     testing.check_generator(text2img(str(folders[family]), **SIZE), ROWS[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_become_parts_of_the_shapes_that_are_planned_with(loaded, family):
+    generator, _ = loaded(family)
+    generator.remember([PROMPTS[0]])
+    assert {name: tuple(part.shape) for name, part in generator.encodings[PROMPTS[0]].items()} == generator.layout()
 
 
 # -- rows do not touch

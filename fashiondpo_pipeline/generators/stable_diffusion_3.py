@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: a transformer on a rectified flow, two CLIP encoders and T5."""
 
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.generators import fields
 from fashiondpo_pipeline.generators.diffusers_model import DiffusersModel
 from fashiondpo_pipeline.sampling import Parts
+
+T5_TOKENS = 256  # diffusers fills up to as many, with zeros where there is no T5
 
 
 class StableDiffusion3(DiffusersModel):
@@ -24,15 +27,22 @@ class StableDiffusion3(DiffusersModel):
     schedulers = fields.FLOW_SCHEDULERS
     patch = 2
 
+    @cached_property
+    def text(self) -> Any:
+        """The pipeline with its text encoders; without T5 diffusers asks the transformer how wide its tokens would be."""
+        found = super().text
+        if found.text_encoder_3 is None:
+            found.transformer = SimpleNamespace(config=SimpleNamespace(**self.configuration("transformer")))
+        return found
+
     def encode(self, prompt: str) -> Parts:
         tokens, _, pooled, _ = self.text.encode_prompt(prompt, None, None, self.device, 1, False)
         return {"tokens": tokens[0], "pooled": pooled[0]}
 
     def layout(self) -> dict[str, tuple[int, ...]]:
         first, second = (self.source.config(name) for name in ("text_encoder", "text_encoder_2"))
-        clip = first["max_position_embeddings"]
-        t5 = 256 if self.source.index.get("text_encoder_3", [None])[0] else clip  # diffusers fills up to as many
-        return {"tokens": (clip + t5, self.source.config("transformer")["joint_attention_dim"]),
+        tokens = first["max_position_embeddings"] + T5_TOKENS
+        return {"tokens": (tokens, self.source.config("transformer")["joint_attention_dim"]),
                 "pooled": (first["projection_dim"] + second["projection_dim"],)}
 
     @cached_property

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fashiondpo_pipeline import claims
-from fashiondpo_pipeline.effect_size import as_good_as, setting_in_words
+from fashiondpo_pipeline.effect_size import above, as_good_as, below, deciding, setting_in_words
 from fashiondpo_pipeline.registry import OBJECTIVES
 from fashiondpo_pipeline.statistics import FEW, FEWEST, percent, wilson
 
@@ -24,6 +24,8 @@ LEVELS: tuple[Level, ...] = ("alarm", "warning", "note")  # gravest first
 LATE = 0.25  # the share of the optimiser steps, at the end, that says where finetuning arrived
 MOSTLY = 0.5  # share of steps, or of pairs, above which something is the rule
 TELLING = 0.1  # a change this small beside the other side's is no change
+# A share of the loser's fall: winners that fall by more part from losers by less than both fall on average.
+TOGETHER = 1 / 3
 FLAT_MARGIN, FLAT_LOSS = 0.02, 0.002  # mean logits and losses this near to 0 and ln 2 throughout: nothing was preferred
 WANTED_MARGIN, MOST_FACTOR = 0.5, 10.0  # the logit that an advised beta aims at, and how much more than now it may be
 WIDE_MARGIN = 5.0  # at a logit of 5 a pair has 0.7 % of its first gradient left
@@ -192,15 +194,20 @@ def _not_finite(steps: pa.Table) -> list[Finding]:
 
 
 def _errors_rise(training: _Training) -> list[Finding]:
+    """Winners that a training drives away.
+
+    A picture that the reference drew is less likely under any other model, on average by how far that one has moved (Gibbs): so winners
+    may fall a little that are preferred, and it is told where both fall by more than they part.
+    """
     (winner, often), (loser, loser_often) = training.rise("winner"), training.rise("loser")
-    if not often or winner <= TELLING * abs(loser):
+    if not often or winner <= (TELLING if training.on_errors else TOGETHER) * abs(loser):
         return []
     guard = training.knobs.get("guard")
     first = "turn the guard on (finetune.guard: 0.9), " if guard is None else f"raise finetune.guard ({guard:g} now), "
     advice = f"{first if training.may_guard else ''}raise finetune.beta or lower finetune.learning_rate"
     if loser_often and loser > TELLING * winner:
         what = (f"the errors of winners and losers both rise, by {winner:.2g} and {loser:.2g}" if training.on_errors else
-                f"winners and losers both become less likely than under the reference, by {winner:.2g} and {loser:.2g}")
+                f"winners and losers both become less likely than under the reference, by {winner:.2g} and {loser:.2g}, more than they part")
         return [Finding("warning", f"{what}; pairs are told apart by unlearning", advice)]
     what = (f"the winner's own error rises by {winner:.2g}" if training.on_errors else
             f"winners themselves become less likely than under the reference, by {winner:.2g}")
@@ -486,19 +493,48 @@ KNOBS = ("guidance", "steps", "eta", "guidance_rescale")  # of a setting
 
 
 def _of_sampler(numbers: Mapping) -> list[Finding]:
-    """A gain that the base reaches by a setting, or part of which it would have for no more forwards."""
+    """A gain that the base reaches by a setting, or may reach, or part of which it would have for no more forwards."""
     usual = {line["role"]: line for line in numbers["sampler"] if line["usual"]}
     if line := numbers["base_by_setting"]["reaches"]:
-        what = f"{setting_in_words(line, usual['base'])} gives the base as much: {_beside(line, usual['after'])}{_tuned_there(line, numbers)}"
-        advice = f"set {_knobs(line, usual['base'])}, and tune from there: what is left then is what tuning adds"
-        return [Finding("warning", what, advice)]
+        return [_reached(line, usual, numbers)]
     line = numbers["base_by_setting"]["equal"]
-    if line and not line["usual"] and line["mean"] > usual["base"]["mean"] + (numbers["size"]["noise"] or 0.0):
+    if line and not line["usual"] and _better(line["over_base"], numbers["size"]["noise"] or 0.0):
         setting = setting_in_words(line, usual["base"])
-        what = f"the base draws better with {setting} at no more forwards: {_beside(line, usual['base'])}"
+        what = f"the base draws better with {setting} at no more forwards: {_beside(line, usual['base'], 'over_base')}"
         advice = f"set {_knobs(line, usual['base'])}: part of what tuning gains here is had for nothing"
         return [Finding("note", what, advice)]
-    return []
+    return _too_few_to_tell(numbers, usual)
+
+
+def _reached(line: Mapping, usual: Mapping, numbers: Mapping) -> Finding:
+    """A setting with which the base is as good as the tuned model, certainly or as far as the pictures tell."""
+    setting, knobs = setting_in_words(line, usual["base"]), _knobs(line, usual["base"])
+    certain = above(line["over_tuned"])
+    beside = _beside(line, usual["after"], "over_tuned") + _tuned_there(line, numbers)
+    what = f"{setting} {'gives' if certain else 'may give'} the base as much: {beside}"
+    apart = "" if certain else "; more evaluate.grid_pictures tell them apart"
+    return Finding("warning", what, f"set {knobs}, and tune from there: what is left then is what tuning adds{apart}")
+
+
+def _better(over: Mapping, noise: float) -> bool:
+    """Whether a difference is beyond chance, and one of means beyond the judge's own noise."""
+    found = deciding(over)
+    return above(over) and (found["value"] or 0.0) > (0.0 if found is over["right"] else noise)
+
+
+def _too_few_to_tell(numbers: Mapping, usual: Mapping) -> list[Finding]:
+    """So few pictures under each setting that they do not even show the gain which all held-out pictures show."""
+    tried = any(line["role"] == "base" and not line["usual"] for line in numbers["sampler"])
+    if not tried or len(usual) < 2 or claims.direction(numbers["size"]["best_of"]) != "good":
+        return []
+    over = usual["base"]["over_tuned"]
+    if below(over) or above(over):
+        return []
+    what = (
+        f"{usual['base']['pictures']:,} pictures under each setting of the sampler are too few to tell whether one gives the base as much: "
+        f"they do not tell base and tuned model apart ({difference_in_words(over)})"
+    )
+    return [Finding("note", what, "raise evaluate.grid_pictures")]
 
 
 def _tuned_there(line: Mapping, numbers: Mapping) -> str:
@@ -510,15 +546,27 @@ def _tuned_there(line: Mapping, numbers: Mapping) -> str:
     return f"; the tuned model has {quality} there"
 
 
-def _beside(line: Mapping, other: Mapping) -> str:
-    """Quality and cost of one line against another's."""
+def _beside(line: Mapping, other: Mapping, over: str) -> str:
+    """Quality and cost of one line against another's, and how sure the difference is."""
     if line["right"] is not None and other["right"] is not None:
         quality = f"{100 * line['right']:.1f} % right against {100 * other['right']:.1f} %"
     else:
         quality = f"mean {line['mean']:.3g} against {other['mean']:.3g}"
+    difference = difference_in_words(line[over])
+    alike = not above(line[over]) and not below(line[over])
+    quality += f", and the difference, {difference}, holds 0" if alike else f", {difference}"
     if line["forwards"] == other["forwards"]:
-        return f"{quality}, with as many forwards"
-    return f"{quality}, with {line['forwards']:g} forwards a picture against {other['forwards']:g}"
+        return f"{quality}; with as many forwards"
+    return f"{quality}; with {line['forwards']:g} forwards a picture against {other['forwards']:g}"
+
+
+def difference_in_words(over: Mapping) -> str:
+    """A difference with its interval: in points of per cent of shares right, else of the judge's means."""
+    found = deciding(over)
+    if found is over["right"]:
+        return claims.points(found)
+    low, high = ("any" if end is None else f"{end:.3g}" for end in (found["low"], found["high"]))
+    return "unknown" if found["value"] is None else f"{found['value']:+.3g} [{low}, {high}]"
 
 
 def _knobs(line: Mapping, usual: Mapping) -> str:

@@ -8,6 +8,7 @@ time. (Gamma functions would also continue C(r-1, n-1) / C(k, n) to real n, but 
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -287,11 +288,44 @@ def noise_of(scores: np.ndarray, disturbed: np.ndarray, quantile: float = 0.95) 
 # -- what a setting of the sampler gives
 
 
-def base_by_setting(sampler: list[dict]) -> dict[str, dict | None]:
-    """What the base reaches by the sampler's settings alone, lines of `sampler` (each with role, usual, forwards and mean).
+def compared(one: dict, other: dict, seed: int, resamples: int, coverage: float) -> dict[str, Estimate | None]:
+    """How much better pictures are than others of the same prompts and seeds: estimates over prompts, above 0 where `one` is better.
 
-    equal: its best line at no more forwards than the usual setting takes; any: its best line at any forwards; reaches: the line of fewest
-    forwards whose mean is at least the tuned model's under the usual setting, where that is more than the base's own; None: none does.
+    one, other: {"mean": (g, k) the judge's scores, "right": (g, k) which are right, None where it does not classify}. mean: difference of
+    the scores' means, a studentized bootstrap; right: of the shares, -1..1. Unknown, as of fewer than five prompts, as an estimate is.
+    """
+    gap = statistics.row_means(one["mean"] - other["mean"])
+    right = None if one["right"] is None or other["right"] is None else one["right"] - other["right"]
+    return {
+        "mean": estimate(*statistics.studentized(gap, seed, resamples, coverage)),
+        "right": None if right is None else estimate(*statistics.change_interval(right, coverage)),
+    }
+
+
+def deciding(over: Mapping) -> Estimate:
+    """Of what `compared` gives, the estimate by which two settings are told apart: shares right where they are known, else means."""
+    return over["right"] if over["right"] and over["right"]["value"] is not None else over["mean"]
+
+
+def above(over: Mapping) -> bool:
+    """Whether the whole interval of a difference lies at 0 or above."""
+    low = deciding(over)["low"]
+    return low is not None and low >= 0
+
+
+def below(over: Mapping) -> bool:
+    """Whether the whole interval of a difference lies below 0."""
+    high = deciding(over)["high"]
+    return high is not None and high < 0
+
+
+def base_by_setting(sampler: list[dict]) -> dict[str, dict | None]:
+    """What the base reaches by the sampler's settings alone, lines of `sampler`, each with role, usual, forwards, mean and over_tuned.
+
+    equal: its best line at no more forwards than the usual setting takes; any: its best line at any forwards; reaches: a line that is as
+    good as the tuned model under the usual setting; None: none is. As good is certainly one whose interval of the difference lies at 0 or
+    above (`above`): of these that of fewest forwards. Where there is none it is the likeliest of those that are not told apart, provided
+    that as many pictures do tell the base from the tuned model under the usual setting.
     """
     base = [line for line in sampler if line["role"] == "base" and line["mean"] is not None]
     usual = {line["role"]: line for line in sampler if line["usual"] and line["mean"] is not None}
@@ -301,15 +335,28 @@ def base_by_setting(sampler: list[dict]) -> dict[str, dict | None]:
     def best(lines: list[dict]) -> dict:
         return max(lines, key=lambda line: line["mean"])  # the first of equals: the usual one
 
-    gained = usual["after"]["mean"] > usual["base"]["mean"]
-    reaching = [line for line in base if gained and line["mean"] >= usual["after"]["mean"]]
     return {
         "equal": best([line for line in base if line["forwards"] <= usual["base"]["forwards"]]), "any": best(base),
-        "reaches": min(reaching, key=lambda line: (line["forwards"], -line["mean"]), default=None),
+        "reaches": _reaching([line for line in base if not line["usual"]], usual["base"]["over_tuned"]),
     }
 
 
-def setting_in_words(line: dict, usual: dict) -> str:
+def _reaching(lines: list[dict], gap: dict) -> dict | None:
+    """`reaches` of `base_by_setting`. gap: of the base under the usual setting over the tuned model."""
+
+    def value(line: dict) -> float:
+        return deciding(line["over_tuned"])["value"] or 0.0
+
+    lines = [line for line in lines if deciding(line["over_tuned"])["value"] is not None]
+    if not (deciding(gap)["value"] or 0.0) < 0:
+        return None  # nothing was gained, so that nothing is had elsewhere
+    if certain := [line for line in lines if above(line["over_tuned"])]:
+        return min(certain, key=lambda line: (line["forwards"], -value(line)))
+    alike = [line for line in lines if below(gap) and not below(line["over_tuned"])]
+    return max(alike, key=lambda line: (value(line), -line["forwards"]), default=None)
+
+
+def setting_in_words(line: Mapping, usual: Mapping) -> str:
     """What a line of `sampler` does otherwise than the usual one.
 
     >>> usual = {"guidance": 1.0, "steps": 10, "eta": 1.0, "guidance_rescale": 0.0, "forwards": 10}

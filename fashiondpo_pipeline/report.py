@@ -63,6 +63,8 @@ class Round:
     columns: pa.Table | None  # accuracy by saved step; None in runs that lack it
     knobs: dict  # the section `finetune` as it was, and what the finetuning noted of its objectives
     walk: int  # how many steps a candidate was drawn in
+    strength: dict | None = None  # what the step that gave its adapter a strength wrote; None where that is as trained
+    divergence: float | None = None  # from the reference when finetuning ended, nats a picture; None without log-probabilities
 
     @cached_property
     def chooser(self) -> Chooser:
@@ -304,7 +306,8 @@ def headline(record: Record) -> tuple[str, str]:
     if free is None:
         return tone, text
     usual = next(line for line in record.last.numbers["sampler"] if line["usual"])
-    return "open", f"{text}, and so is one of the base with {effect_size.setting_in_words(free, usual)}"
+    so = "so is" if effect_size.above(free["over_tuned"]) else "so may be"
+    return "open", f"{text}, and {so} one of the base with {effect_size.setting_in_words(free, usual)}"
 
 
 def measures(record: Record) -> list[tuple[str, str, str]]:
@@ -451,7 +454,16 @@ def _judge_is_rewarded(record: Record) -> list[str]:
 
 
 def _size(record: Record) -> list[str]:
-    return [described(finding) for finding in diagnosis.of_size(record.last.numbers, record.last.knobs)]
+    return [described(finding) for finding in _of_size(record) if finding.level != "note"]
+
+
+def remarks(record: Record) -> list[str]:
+    """What the measures of size give cause to say though nothing is off."""
+    return [described(finding) for finding in _of_size(record) if finding.level == "note"]
+
+
+def _of_size(record: Record) -> list[Finding]:
+    return diagnosis.of_size(record.last.numbers, record.last.knobs)
 
 
 def _reward_without_gain(record: Record) -> list[str]:
@@ -476,11 +488,26 @@ def _step_back(record: Record) -> list[str]:
 
 
 def _narrower(record: Record) -> list[str]:
+    """A loss of diversity by itself: only where it cannot be held against what choosing pictures as good would lose too."""
     ratio = diversity_ratio(record.last)
-    if ratio is None or ratio >= DIVERSITY_FLOOR:
+    if ratio is None or ratio >= DIVERSITY_FLOOR or _at_equal_quality(record):
         return []
     return [f"Diversity within a prompt fell to {ratio:.2f} of the base's (below {DIVERSITY_FLOOR:g}): pictures of one prompt "
             "have become alike. Fewer epochs, a higher finetune.beta or a lower finetune.learning_rate hold it."]
+
+
+def _at_equal_quality(record: Record) -> bool:
+    """Whether diversity at equal quality says anything, so that the diagnosis judges it."""
+    size = record.last.size
+    return size is not None and size["diversity_at_equal_quality"]["high"] is not None
+
+
+def diversity_in_words(record: Record) -> str:
+    """What may be said of diversity where nothing of it is off."""
+    if _at_equal_quality(record):
+        return "diversity is not shown to be below that of the base's pictures chosen to be as good"
+    unknown = " (not measured)" if diversity_ratio(record.last) is None else ""
+    return f"diversity is at least {DIVERSITY_FLOOR:g} of the base's{unknown}"
 
 
 def _pairs_against_watched(record: Record) -> list[str]:
@@ -608,9 +635,10 @@ def outcomes_in_words(record: Record) -> str:
     )
     unseen = [names[outcome] for outcome, count in occur.items() if count and not places[outcome]]
     rare = f"; so few are {_listed(unseen)} that none is among them" if unseen else ""
+    meaning = "" if record.right is None else " (right in both, or wrong in both)"
     return (
-        f"Of {_count(total, 'held-out picture')} {every}. Shown are {sum(places.values())} of them in these shares, "
-        f"drawn by key from the run's seed{rare}."
+        f"Of {_count(total, 'held-out picture')} {every}{meaning}. Shown are {sum(places.values())} of them in these shares, "
+        f"of each kind those whose key comes first, which is made of the run's seed, the prompt and the picture's number{rare}."
     )
 
 
@@ -877,6 +905,11 @@ def sampler_chart(record: Record) -> Markup | None:
     )
 
 
+def over_tuned(row: dict) -> str:
+    """How much better a setting's pictures are than the tuned model's under the usual one; a dash for these themselves."""
+    return NO_VALUE if row["over_tuned"] is None else _set(diagnosis.difference_in_words(row["over_tuned"]))
+
+
 def trade_off_chart(record: Record) -> Markup | None:
     """Quality against diversity: the base's best of n as a line, each round a point; None where no curve was
     measured.
@@ -970,12 +1003,98 @@ def finetune_charts(record: Record) -> list[tuple[str, Markup]]:
         ("Share of pairs ordered as the reward orders them, ties one half.",
          charts.traces([("ink", [100 * part for part in parts("accuracy")])], y="accuracy, %", level=50.0,
                        about="Accuracy by optimiser step")),
-        ("Signal against the reference. Winners should rise; where both fall, the loss is won by unlearning.",
+        ("Signal against the reference. Winners and losers should part; where both fall by more than that, the loss is won by unlearning.",
          charts.traces([("good", parts("winner")), ("bad", parts("loser"))], y="change of signal", level=0.0,
                        about="Winner's and loser's signal by optimiser step")),
         (f"Norm of the gradient before clipping at {limit:g} (dashed).",
          charts.traces([("ink", parts("grad_norm"))], y="gradient norm", level=limit, about="Gradient norm by optimiser step")),
     ]
+
+
+def strengths_in_words(record: Record) -> list[str]:
+    """How strong each round's adapter was made, and why, as sentences; empty where all are as they were trained."""
+    return [_set(f"Round {r.number}: {_strength(r.strength)}.") for r in record.rounds if r.strength]
+
+
+def _strength(found: dict) -> str:
+    tried = {one["strength"]: one for one in found.get("tried", ())}
+    if not tried:
+        return f"strength {found['strength']:g}, as finetune.strength says"
+    chosen, trained = tried[found["strength"]], tried.get(1.0)
+    if not (chosen["fits"] and chosen["value"] is not None and chosen["pictures"] >= found["base"]["pictures"]):
+        floor = "" if found["floor"] is None else f" keeps {found['floor']:g} of the base's diversity and"
+        return f"strength {chosen['strength']:g}, the least that was tried, as none{floor} has every picture sound"
+    what = f"strength {chosen['strength']:g} of {_listed([f'{one:g}' for one in tried])}: rewarded mix {chosen['score']:+.2f} SD of the base"
+    if trained and trained is not chosen and trained["score"] is not None:
+        what += f", as trained (1) {trained['score']:+.2f}"
+    if chosen["share"] is not None:
+        what += f"; diversity {chosen['share']:.2f} of the base's"
+    return what + ("" if found["floor"] is None else f" (floor {found['floor']:g})")
+
+
+def strength_charts(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of what each strength gave that was tried on training prompts, a line a round; empty where none was searched for."""
+    searched = {r.number: r.strength for r in record.shown if r.strength and "tried" in r.strength}
+    if not searched:
+        return []
+    colours, floors = round_colours(record), {found["floor"] for found in searched.values()}
+
+    def line(number: int, name: str, chosen: bool) -> Points:
+        found = searched[number]
+        rows = [one for one in (found["base"], *found["tried"]) if one[name] is not None]
+        rows = [one for one in rows if not chosen or one["strength"] == found["strength"]]
+        values = [one[name] for one in rows]
+        return Points(colours[number], [one["strength"] for one in rows], values, values, values, hollow=not chosen)
+
+    def chart(name: str, y: str, level: float | None, about: str) -> Markup:
+        lines = [line(number, name, chosen) for chosen in (False, True) for number in searched]  # no line hides what was chosen
+        return charts.intervals(lines, x="strength, 0 is the base", y=y, level=level, about=about)
+
+    floor = floors.pop() if len(floors) == 1 else None
+    found = [("What the rewarded experts say of pictures of training prompts at each strength; filled: the one chosen.",
+              chart("score", "mix, SD of the base", 0.0, "Rewarded mix by strength of the adapter"))]
+    if any(one["share"] is not None for strength in searched.values() for one in strength["tried"]):
+        dashed = "" if floor is None else "; dashed: the least it may be"
+        found.append((f"Their diversity{dashed}.", chart("share", "share of the base's", floor, "Diversity by strength of the adapter")))
+    return found
+
+
+def divergence_in_words(record: Record) -> list[str]:
+    """Where each round that had a budget of divergence ended, as sentences."""
+    return [
+        f"Round {r.number} ended at {figure(r.divergence, 3)} nats a picture of {r.knobs['divergence']:g}, with beta "
+        f"{figure(r.steps['beta'].to_pylist()[-1], 3)} ({r.knobs['beta']:g} at the start)."
+        for r in record.rounds if r.knobs.get("divergence") is not None
+    ]
+
+
+def divergence_charts(record: Record) -> list[tuple[str, Markup]]:
+    """(caption, chart) of the divergence beside its budget, and of the beta that followed; empty where no round had one."""
+    if not divergence_in_words(record):
+        return []
+
+    def parts(name: str) -> list[np.ndarray]:
+        return [r.steps[name].to_numpy().astype(float) for r in record.rounds]
+
+    ways = [way_to_budget(r) for r in record.rounds]
+    return [
+        ("Divergence from the reference; grey: the way to its budget, which grows as the square of the learning rates spent.",
+         charts.traces([("muted", ways), ("ink", parts("divergence"))], y="divergence, nats", about="Divergence by optimiser step")),
+        ("Beta, which rises where the divergence is ahead.",
+         charts.traces([("ink", parts("beta"))], y="beta", about="Beta by optimiser step")),
+    ]
+
+
+def way_to_budget(done: Round) -> np.ndarray:
+    """How far a round's policy was to have moved at each optimiser step, nats a picture (steps,); NaN without a budget.
+
+    At a steady pull it gets as far as the learning rates carry it, and divergence is the square of how far.
+    """
+    rates = done.steps["learning_rate"].to_numpy().astype(float)
+    budget = done.knobs.get("divergence")
+    if budget is None:
+        return np.full(len(rates), np.nan)
+    return budget * (np.cumsum([0.0, *rates])[:-1] / rates.sum()) ** 2
 
 
 def columns_chart(record: Record) -> Markup | None:

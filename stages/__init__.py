@@ -36,7 +36,7 @@ from stages.naming import written
 
 STAGES = ("sample", "score", "pair", "finetune", "evaluate", "report")
 # Raised by hand when the meaning of a stage's output changes; old results are then stale.
-VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 3, "latents": 2, "adopt": 2,
+VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pair": 1, "finetune": 2, "evaluate": 4, "latents": 2, "adopt": 2,
             "disturb": 1, "strengthen": 1}
 COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; they import torch
 DISTURBED = 128  # pictures by which the judge's noise is measured

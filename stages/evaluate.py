@@ -147,10 +147,12 @@ def _sampler(out: Output, drawn: dict[str, Drawn], judge: str, knobs: dict) -> l
     """The base and the round under each setting of the sampler, the one held-out pictures are drawn with first.
 
     Of that one too only the first pictures of each prompt are looked at, as many as there are of the others: they have the same seeds.
+    over_base, over_tuned: how much better a line's pictures are than those under that setting (`effect_size.compared`), by the base and by
+    the round; None for these themselves.
     """
     weights = {name: weight for name, weight in knobs["weights"].items() if weight > 0 and name in knobs["experts"]}
     spreads = {name: Spread.of(drawn["base"].grid.scores[name], False) for name in weights}
-    lines = []
+    lines, judged = [], []
     settings = {role: [role, *(name for name in out.inputs if name.startswith(f"{role}-setting-") and name.count("-") == 2)]
                 for role in ("base", "after")}
     few = min(out.input(name).manifest["claim"]["config"]["candidates"] for names in settings.values() for name in names)
@@ -160,13 +162,21 @@ def _sampler(out: Output, drawn: dict[str, Drawn], judge: str, knobs: dict) -> l
             how, scores = sample["claim"]["config"], found.grid.scores
             rewarded = _mixed(scores, spreads, weights) if weights and set(weights) <= set(scores) else np.zeros((0, 0))
             quality, rewarded = scores.get(judge, rewarded)[:, :few], rewarded[:, :few]
+            right = None if found.right is None else found.right[:, :few]
+            judged.append({"mean": quality, "right": right})
             lines.append({
                 "role": role, "usual": name == role, **{knob: how[knob] for knob in ("guidance", "steps", "eta", "guidance_rescale")},
                 "forwards": sample["numbers"].get("forwards", forwards(how)), "mean": _mean(quality), "rewarded": _mean(rewarded),
-                "right": None if found.right is None else _mean(found.right[:, :few]), "diversity": _mean(found.diversity),
+                "right": None if right is None else _mean(right), "diversity": _mean(found.diversity),
                 "pictures": int(np.isfinite(quality).sum()),
             })
-    return lines
+    usual = {line["role"]: one for line, one in zip(lines, judged, strict=True) if line["usual"]}
+    resampling = key(knobs["seed"], "bootstrap", "setting"), knobs["bootstrap"], knobs["interval"]
+    return [
+        line | {over: None if one is usual[role] else effect_size.compared(one, usual[role], *resampling)
+                for over, role in (("over_base", "base"), ("over_tuned", "after"))}
+        for line, one in zip(lines, judged, strict=True)
+    ]
 
 
 def grid_of(out: Output, role: str, experts: list[str]) -> Grid:

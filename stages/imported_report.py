@@ -12,7 +12,7 @@ from fashiondpo_pipeline.report import Record, thumbnail
 from fashiondpo_pipeline.workspace import Output, write_page
 from stages import Round, Session
 from stages.encode import sampled_of
-from stages.report import grid_of, right_of_both, thumbnails
+from stages.report import grid_of, right_of_both, strength_of, thumbnails
 
 
 def write(session: Session, r: Round) -> Path:
@@ -40,7 +40,7 @@ def _cautions(session: Session, r: Round, record: Record, finetune: Output, eval
     found = diagnosis.of_evidence(finetune.manifest["numbers"]["pairs"], record.last.steps, evaluated)
     if evaluated is None:
         return found
-    size = diagnosis.of_size(evaluated, r.finetune.config)
+    size = [one for one in diagnosis.of_size(evaluated, r.finetune.config) if one.level != "note"]  # the page has those as remarks
     return [*diagnosis.of_round(r.number, evaluated, session.config.evaluate.drift), *found, *size]
 
 
@@ -59,6 +59,7 @@ def _record(session: Session, r: Round, finetune: Output, evaluated: dict | None
         out.table("pairs").combine_chunks(), out.manifest["numbers"], finetune.table("steps"),
         finetune.table("columns") if finetune.shards("columns") else None,
         r.finetune.config | {name: numbers[name] for name in ("signals", "heeds") if name in numbers}, sampled_of(r.finetune)["steps"],
+        strength_of(session, r),
     )
     right = right_of_both(session, r.evaluate, base) if evaluated is not None else None
     return Record(session.config, base, [done], [], right)

@@ -63,8 +63,13 @@ def _round(session: Session, r) -> Round:
         grid_of(session, r.held_out, r.held_out_scores), grid_of(session, r.sample, r.scores),
         Rule(**rule), pair.table("pairs", columns).combine_chunks(), pair.manifest["numbers"],
         finetune.table("steps"), finetune.table("columns") if finetune.shards("columns") else None,
-        r.finetune.config | noted, r.sample.config["steps"],
+        r.finetune.config | noted, r.sample.config["steps"], strength_of(session, r), finetune.manifest["numbers"].get("divergence"),
     )
+
+
+def strength_of(session: Session, r) -> dict | None:
+    """What the step noted that gave a round's adapter its strength; None where that is as trained."""
+    return session.output(r.strength).manifest["numbers"] if r.strength else None
 
 
 def grid_of(session: Session, sample: Step, scores: dict[str, Step]) -> Grid:

@@ -20,6 +20,10 @@ def loaded(expert):
     return expert
 
 
+def scores(expert, *rows):
+    return [opinion[0] for opinion in loaded(expert)(list(rows))]
+
+
 def refused(*arguments, **options):
     with pytest.raises(UserError) as problem:
         Attributes(*arguments, **options)
@@ -55,11 +59,24 @@ def test_the_score_is_the_probability_of_the_wanted_choice(tiny_clip, tmp_path):
     vector = tower.texts(["something else"])[0]
     wanted = shares(vector, tower.texts([f"a {colour} bag" for colour in colours]).astype(float), 0.1)
     options = {"attribute": "colour", "choices": colours, "template": "a {} bag", "temperature": 0.1}
-    assert loaded(Attributes(name, **options))([row("a green hat", vector), row("a Red hat", vector)]) == pytest.approx([wanted[1], wanted[0]])
-    assert loaded(Attributes(name, **options, wanted="blue"))([row("a green hat", vector)]) == pytest.approx([wanted[2]])
+    assert scores(Attributes(name, **options), row("a green hat", vector), row("a Red hat", vector)) == pytest.approx([wanted[1], wanted[0]])
+    assert scores(Attributes(name, **options, wanted="blue"), row("a green hat", vector)) == pytest.approx([wanted[2]])
     by_column = Attributes(name, **options, column="tint")
     assert by_column.needs == ("embedding", "tint")
-    assert loaded(by_column)([row("a hat", vector, tint="green")]) == pytest.approx([wanted[1]])
+    assert scores(by_column, row("a hat", vector, tint="green")) == pytest.approx([wanted[1]])
+
+
+def test_right_is_what_no_other_choice_is_likelier_than(tiny_clip):
+    """Also where it is not likely: of three choices the likeliest may have a third."""
+    name, colours = f"local-dir:{tiny_clip}", ["red", "green", "blue"]
+    vectors = Tower(name).texts([f"a {colour} bag" for colour in colours])
+    flat = loaded(Attributes(name, "colour", colours, template="a {} bag", temperature=100.0))
+    rows = [row(f"a {asked} hat", vector) for vector in vectors for asked in colours]
+    said = flat(rows)
+    assert [right for *_, right in said] == [seen == asked for seen in colours for asked in colours]
+    assert all(0.3 < score < 0.4 and reason is None for score, reason, _ in said)
+    (silent,) = flat([row("a hat", vectors[0])])
+    assert math.isnan(silent[0]) and silent[1:] == ("the prompt names no colour",), "what is not asked for is neither right nor wrong"
 
 
 def test_several_sentences_are_averaged(tiny_clip):
@@ -115,9 +132,9 @@ def test_the_embedded_clip_tells_colours_and_categories(catalogue, attribute, le
     template = {"colour": "a photo of a {} garment", "category": "a photo of a {}, on white background"}[attribute]
     expert = loaded(Attributes(MINI, attribute, choices, template=template))
     known = expert.vectors()
-    right = [choices[int(shares(found["embedding"], known, 0.01).argmax())] == found[attribute] for found in catalogue]
-    assert np.mean(right) >= least
-    scores = expert(catalogue)
-    assert scores == loaded(Attributes(MINI, attribute, choices, template=template, column=attribute))(catalogue)
+    likeliest = [choices[int(shares(found["embedding"], known, 0.01).argmax())] == found[attribute] for found in catalogue]
+    said = expert(catalogue)
+    assert [right for *_, right in said] == likeliest and np.mean(likeliest) >= least
+    assert said == loaded(Attributes(MINI, attribute, choices, template=template, column=attribute))(catalogue)
     other = [found | {"prompt": found["caption"].replace(found[attribute], choices[choices.index(found[attribute]) - 1])} for found in catalogue]
-    assert np.mean(np.array(scores) > np.array(expert(other))) >= least
+    assert np.mean([one[0] > two[0] for one, two in zip(said, expert(other), strict=True)]) >= least

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from test_diagnosis import with_differences
 from whole_runs import folder_of, manifests, refused, session, works
 
 from fashiondpo_pipeline import codecs, effect_size, statistics
@@ -141,6 +142,14 @@ def test_settings_are_drawn_once_for_the_base_and_once_a_round_and_planned(place
     held_out, scores = numbers["sampler"][0], scores_of(run, base.held_out_scores["bright"])
     assert scores.shape == (prompts, 2) and held_out["mean"] == pytest.approx(scores[:, :1].mean()), "the same seeds as the others' pictures"
     assert held_out["diversity"] == numbers["diversity"]["base"]
+    tuned = scores_of(run, run.chain(2).rounds[2].held_out_scores["bright"])[:, :1]
+    usual, over = scores[:, :1], numbers["sampler"][1]
+    drawn = scores_of(run, base.settings[0].scores["bright"])
+    for name, other in (("over_base", usual), ("over_tuned", tuned)):
+        assert over[name]["mean"]["value"] == pytest.approx((drawn - other).mean()) and over[name]["right"] is None
+        assert over[name]["mean"]["low"] < over[name]["mean"]["value"] < over[name]["mean"]["high"], "by prompt"
+    assert numbers["sampler"][0]["over_base"] is None is numbers["sampler"][3]["over_tuned"]
+    assert numbers["sampler"][0]["over_tuned"]["mean"]["value"] == pytest.approx((usual - tuned).mean())
 
 
 def test_only_the_embedded_defaults_generator_has_settings_of_its_own(place):
@@ -154,15 +163,39 @@ def line(role, mean, forwards=10, usual=False, **knobs):
 
 
 def test_a_gain_that_a_setting_gives_the_base_is_said_to_be_one():
-    lines = [line("base", -0.5, usual=True), line("base", -0.3, 20, guidance=3.0), line("base", -0.35, steps=5, guidance=1.5, right=0.911),
-             line("after", -0.4, usual=True), line("after", -0.1, 20, guidance=3.0)]
-    found = base_by_setting(lines)
-    assert found == {"equal": lines[2], "any": lines[1], "reaches": lines[2]}
-    better = [*lines[:3], line("after", -0.2, usual=True)]
+    lines = with_differences([line("base", -0.5, usual=True), line("base", -0.3, 20, guidance=3.0), line("base", -0.35, steps=5, guidance=1.5),
+                              line("after", -0.4, usual=True), line("after", -0.1, 20, guidance=3.0)])
+    assert base_by_setting(lines) == {"equal": lines[2], "any": lines[1], "reaches": lines[2]}
+    better = with_differences([*lines[:3], line("after", -0.2, usual=True)])
     assert base_by_setting(better)["reaches"] is None
-    worse = [*lines[:3], line("after", -0.6, usual=True)]
+    worse = with_differences([*lines[:3], line("after", -0.6, usual=True)])
     assert base_by_setting(worse)["reaches"] is None, "there is no gain that a setting could give"
-    assert base_by_setting(lines[:1]) == {"equal": None, "any": None, "reaches": None}
+    assert base_by_setting(with_differences(lines[:1])) == {"equal": None, "any": None, "reaches": None}
+
+
+def test_settings_are_compared_prompt_by_prompt_from_the_same_seeds():
+    rng = np.random.default_rng(0)
+    prompt = rng.normal(0, 5, (40, 1))  # prompts differ far more than settings do
+    one, other = ({"mean": prompt + rng.normal(shift, 0.1, (40, 4)), "right": None} for shift in (0.1, 0.0))
+    found = effect_size.compared(one, other, 0, 400, 0.95)
+    assert effect_size.above(found) and found["right"] is None and found["mean"]["high"] - found["mean"]["low"] < 0.1
+    assert effect_size.below(effect_size.compared(other, one, 0, 400, 0.95))
+
+
+def test_shares_right_decide_where_they_are_known_and_a_missing_picture_does_not_count():
+    right = np.array([[1.0, 1.0, np.nan]] * 30 + [[1.0, 0.0, 1.0]] * 10)
+    one, other = {"mean": np.zeros((40, 3)), "right": right}, {"mean": np.ones((40, 3)), "right": np.zeros((40, 3))}
+    found = effect_size.compared(one, other, 0, 400, 0.95)
+    assert found["right"]["value"] == pytest.approx((30 + 10 * 2 / 3) / 40) and found["mean"]["value"] == -1
+    assert effect_size.deciding(found) is found["right"] and effect_size.above(found)
+    unknown = effect_size.compared(one | {"right": np.full((40, 3), np.nan)}, other, 0, 400, 0.95)
+    assert effect_size.deciding(unknown) is unknown["mean"] and effect_size.below(unknown)
+
+
+def test_of_four_prompts_no_setting_is_told_apart():
+    few = [{"mean": np.full((4, 2), mean), "right": None} for mean in (0.0, 9.0)]
+    found = effect_size.compared(*few, 0, 400, 0.95)
+    assert not effect_size.above(found) and not effect_size.below(found) and found["mean"]["value"] == -9
 
 
 # -- controls: what the measures say where one knows

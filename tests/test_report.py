@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_diagnosis import with_differences
 
 from fashiondpo_pipeline import charts, codecs, config, effect_size, outcomes, report, schemas, seeds, statistics
 from fashiondpo_pipeline.report import Missing, Record
@@ -309,7 +310,6 @@ def test_a_round_is_said_to_have_lost_to_the_one_it_went_on_from(record):
         ({"against_base": rate(*OPEN)}, "the judge, which only watched, cannot tell it from the base (52.0 % [45.0, 60.0])"),
         ({"against_previous": rate(*DOWN)}, "Round 2 lost to round 1: 30.0 % [20.0, 40.0]. Round 1 may be the one to keep."),
         ({"judge_rewarded": True}, "The judge is itself what was rewarded"),
-        ({"diversity": {"base": 0.5, "before": 0.5, "after": 0.4, "spread": 0.3}}, "Diversity within a prompt fell to 0.80 of the base's"),
         ({"prompts": 6}, "Only 6 held-out prompts: an interval over so few is wide, and says little"),
     ],
 )
@@ -317,6 +317,31 @@ def test_what_looks_off_is_said_in_plain_words(record, numbers, sentence):
     fine = {"prompts": 40, "size": size(), "against_base": rate(*UP), "meters": {}, "experts": experts(record, clip=UP, taste=OPEN, judge=OPEN)}
     (warning,) = report.warnings(changed(record, **(fine | numbers)))
     assert sentence in warning.replace("\u00a0", " ")
+
+
+def test_lost_diversity_is_told_by_itself_only_where_choosing_cannot_be_held_against_it(session, record):
+    """Whoever chooses pictures as good from the base's loses some too: that is what it is judged by where it is known."""
+    lost, known, unknown = {"base": 0.5, "before": 0.5, "after": 0.4, "spread": 0.3}, size(right=False), size((None, None, None))
+    unknown["diversity_at_equal_quality"] = span(None)
+    few = known | {"diversity_at_equal_quality": span(1.04)}  # of so few prompts that it has no interval
+    for found, told in ((known, False), (unknown, True), (few, True)):
+        odd = changed(fine(record), diversity=lost, size=found)
+        assert any("Diversity within a prompt fell to 0.80 of the base's" in text for text in report.warnings(odd)) == told
+    page = plain(rendered(session, calm(changed(fine(record), diversity=lost, size=known))))
+    assert "diversity is not shown to be below that of the base's pictures chosen to be as good, " in page
+    kept = lost | {"after": 0.46}
+    assert "diversity is at least 0.9 of the base's, " in plain(rendered(session, calm(changed(fine(record), diversity=kept, size=unknown))))
+    worse = changed(fine(record), size=size() | {"diversity_at_equal_quality": span(0.8, 0.7, 0.9)})
+    assert any(text.startswith("Diversity was paid for nothing") for text in report.warnings(worse))
+
+
+def test_a_note_on_sizes_stands_with_them_and_looks_like_nothing_off(session, record):
+    odd = calm(changed(fine(record), size=size(right=False, ties=0.62)))
+    assert report.warnings(odd) == []
+    page = plain(rendered(session, odd))
+    assert "Nothing looks off" in page
+    told = page.partition("<h3>How much was gained</h3>")[2].partition("<h3>")[0]
+    assert '<p class="note">62 % of the pictures score like the base\'s within the judge\'s own noise' in told
 
 
 def fine(record: Record, **last) -> Record:
@@ -473,13 +498,14 @@ LINES = [line("base", 1.0, 10, 0.30, 0.60), line("base", 1.5, 10, 0.31, 0.65), l
 CURVE = [{"n": n, "mean": 0.3 + 0.01 * n, "right": 0.6 + 0.03 * n, "diversity": 0.1 - 0.005 * n} for n in (1, 2, 4, 8)]
 
 
-def sized(record: Record, found: dict | None = None, lines=LINES, right=True) -> Record:
+def sized(record: Record, found: dict | None = None, lines=LINES, right=True, reach=0.02) -> Record:
     """The record with measures of size in every round, a grid in the last, and a judge that classifies or does not."""
     rates = experts(record, clip=UP, taste=UP, judge=UP)
     numbers = {"size": found or size(), "prompts": 40, "against_base": rate(*UP), "meters": {}, "experts": rates}
     every = replace(record, rounds=[replace(r, numbers=r.numbers | numbers) for r in record.rounds])
     known = [np.zeros(scores.shape) for scores in (every.opinions[0], every.opinions[-1])]
     known[0][:, :2], known[1][:, 1:] = 1, 1  # of each prompt's three pictures one is broken, one stays right and one is mended
+    lines = with_differences(lines, reach)
     found = changed(every, sampler=lines, base_by_setting=effect_size.base_by_setting(lines))
     return replace(found, right=known if right else None)
 
@@ -526,7 +552,11 @@ def test_a_gain_that_a_setting_gives_the_base_is_said_to_be_one_in_the_headline_
     assert report.headline(free) == (
         "open", "One picture of the tuned model is as good as the best of 3.4 [2.9, 4.1] of the base, and so is one of the base with guidance 3")
     assert any(text.startswith("Guidance 3 gives the base as much: 85.0") for text in report.warnings(free))
-    assert "Nothing looks off" not in rendered(session, free)
+    page = plain(rendered(session, free))
+    assert "Nothing looks off" not in page
+    assert '<td class="nowrap">+7.5 points [5.5, 9.5]</td>' in page and page.count('<td class="nowrap">\u2013</td>') == 1
+    maybe = sized(record, lines=[*LINES, line("base", 3.0, 10, 0.34, 0.78)])
+    assert report.headline(maybe)[1].endswith(" of the base, and so may be one of the base with guidance 3")
     assert not any("gives the base" in text for text in report.warnings(sized(record)))
 
 
@@ -571,8 +601,11 @@ def test_what_stands_first_of_the_pictures_is_drawn_by_key_in_the_shares_of_what
     assert len(shown) == 6 and sum(every.values()) == 12
     assert {one: sum(two.outcome == one for two in shown) for one in every} == outcomes.allotted(every, 6)
     words = report.outcomes_in_words(of_scores)
-    told = f"Of 12 held-out pictures {every[1]} are better, {every[-1]} worse and {every[0]} alike. Shown are 6 of them in these shares"
-    assert words.startswith(told)
+    told = f"Of 12 held-out pictures {every[1]} are better, {every[-1]} worse and {every[0]} alike. Shown are 6 of them in these shares, "
+    told += "of each kind those whose key comes first, which is made of the run's seed, the prompt and the picture's number."
+    assert words == told and told in plain(rendered(session, of_scores))
+    again = replace(of_scores, config=of_scores.config.model_copy(update={"seed": of_scores.config.seed + 1}))
+    assert report.leading(of_scores) == shown != report.leading(again), "by seed, and not by what they look like"
     section = rendered(session, of_scores).partition('<section id="pictures">')[2].partition("<h3>By prompt</h3>")[0]
     assert section.count("<article") == 6 and section.count("<img") == 12
 
@@ -581,7 +614,7 @@ def test_mended_and_broken_pictures_are_those_that_the_judge_says(session, recor
     found = sized(record)
     assert outcomes.counts(found.outcomes) == {1: 4, -1: 4, 0: 4}
     section = plain(rendered(session, found)).partition('<section id="pictures">')[2].partition("<h3>By prompt</h3>")[0]
-    assert "Of 12 held-out pictures 4 are mended, 4 broken and 4 unchanged. Shown are 12 of them" in section
+    assert "Of 12 held-out pictures 4 are mended, 4 broken and 4 unchanged (right in both, or wrong in both). Shown are 12 of them" in section
     cards = re.findall(r"<figcaption>(\w+)</figcaption>.*?<figcaption>(\w+)</figcaption>.*?<b class=\"\w*\">(\w+)</b>", section, re.DOTALL)
     assert sorted(set(cards)) == [("right", "right", "unchanged"), ("right", "wrong", "broken"), ("wrong", "right", "mended")]
     assert [what for *_, what in cards] == ["mended"] * 4 + ["broken"] * 4 + ["unchanged"] * 4
@@ -629,6 +662,82 @@ def test_a_table_of_steps_that_finetuning_left_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(MAKERS, "finetune", make)
     session = finished(tmp_path, rounds=1)
     assert read(session, session.chain(1)).last.columns["accuracy"].to_pylist() == pytest.approx([0.6, 0.8, 0.9])
+
+
+# -- how strong the adapter is, and how far it moved
+
+
+def strengthened(record: Record, *found: dict | None) -> Record:
+    return replace(record, rounds=[replace(r, strength=one) for r, one in zip(record.rounds, found, strict=True)])
+
+
+def tried(chosen: float, floor: float | None = 0.7) -> dict:
+    """What a search noted: the mix rises with the strength, diversity falls by a fifth of it; that of 2 is below the floor."""
+    rows = [{"strength": one, "score": 0.3 * one, "share": 1 - 0.2 * one, "pictures": 8, "value": 0.3 * one,
+             "fits": floor is None or 1 - 0.2 * one >= floor} for one in (0.5, 1.0, 1.5, 2.0)]
+    base = {"strength": 0.0, "score": 0.0, "share": 1.0, "diversity": 0.1, "pictures": 8}
+    return {"strength": chosen, "base": base, "tried": rows, "floor": floor}
+
+
+def test_the_strength_that_was_searched_for_is_shown_with_what_each_gave(session, record):
+    searched = strengthened(record, tried(1.5), tried(1.0))
+    page = plain(rendered(session, searched)).partition('<section id="finetuning">')[2]
+    assert ("<li>Round 1: strength 1.5 of 0.5, 1, 1.5 and 2: rewarded mix +0.45 SD of the base, as trained (1) +0.30; diversity 0.70 of the "
+            "base's (floor 0.7).</li>") in page
+    assert "<li>Round 2: strength 1 of 0.5, 1, 1.5 and 2: rewarded mix +0.30 SD of the base; diversity 0.80 of the base's (floor 0.7).</li>" in page
+    (caption, mix), (dashed, share) = report.strength_charts(searched)
+    assert "filled: the one chosen" in caption and "dashed: the least it may be" in dashed
+    assert caption in page and dashed in page and "mix, SD of the base" in mix
+    filled, hollow = "fill: var(--{})", "fill: var(--card)"
+    for svg in (mix, share):
+        for colour in report.round_colours(record).values():
+            assert svg.count(filled.format(colour)) == 1, "of each round the one chosen"
+        assert svg.count(hollow) == 2 * 5, "the base and each strength, of both rounds"
+
+
+def test_a_search_without_a_floor_or_without_a_strength_that_fits_is_told_as_that(record):
+    free, (least, *_) = strengthened(record, tried(2.0, None), None), report.strengths_in_words(strengthened(record, tried(0.5, 0.95), None))
+    assert report.strengths_in_words(free) == [
+        "Round 1: strength 2 of 0.5, 1, 1.5 and 2: rewarded mix +0.60 SD of the base, as trained (1) +0.30; diversity 0.60 of the base's."]
+    assert least == "Round 1: strength 0.5, the least that was tried, as none keeps 0.95 of the base's diversity and has every picture sound."
+    blind = tried(1.5, None)
+    blind["tried"] = [one | {"share": None} for one in blind["tried"]]
+    assert len(report.strength_charts(strengthened(record, blind, None))) == 1, "no tower, no diversity"
+    assert "diversity" not in report.strengths_in_words(strengthened(record, blind, None))[0]
+
+
+def test_a_strength_that_was_given_is_told_and_one_that_was_not_is_not(session, record):
+    given = strengthened(record, {"strength": 2.0}, {"strength": 2.0})
+    page = rendered(session, given)
+    assert "<li>Round 2: strength 2, as finetune.strength says.</li>" in page and report.strength_charts(given) == []
+    assert "How strong the adapter is" not in rendered(session, record)
+
+
+def held(record: Record, *budgets: float | None) -> Record:
+    """The record as if beta had followed a budget in the rounds that have one."""
+    rounds = []
+    for r, budget in zip(record.rounds, budgets, strict=True):
+        steps = r.steps
+        for name, values in (("divergence", np.arange(12.0)), ("beta", np.linspace(300, 90, 12))):
+            steps = steps.set_column(steps.column_names.index(name), name, pa.array(values, pa.float32()))
+        rounds.append(replace(r, steps=steps, divergence=10.5, knobs=r.knobs | ({} if budget is None else {"divergence": budget})))
+    return replace(record, rounds=rounds)
+
+
+def test_divergence_is_shown_beside_the_budget_that_beta_followed(session, record):
+    both = held(record, 8.0, None)
+    page = plain(rendered(session, both)).partition('<section id="finetuning">')[2]
+    beta = record.last.knobs["beta"]
+    assert f"<li>Round 1 ended at 10.5 nats a picture of 8, with beta 90.0 ({beta:g} at the start).</li>" in page and "Round 2 ended" not in page
+    assert [caption.partition(" ")[0] for caption, _ in report.divergence_charts(both)] == ["Divergence", "Beta,"]
+    assert all(caption in page for caption, _ in report.divergence_charts(both))
+    way = report.way_to_budget(both.rounds[0])
+    assert way == pytest.approx(8 * (np.arange(12) / 12) ** 2) and np.isnan(report.way_to_budget(both.last)).all()
+
+
+def test_without_a_budget_no_divergence_is_shown(session, record):
+    assert report.divergence_charts(held(record, None, None)) == []
+    assert "How far it moved" not in rendered(session, held(record, None, None))
 
 
 # -- charts

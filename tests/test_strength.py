@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from whole_runs import folder_of, manifests, refused, results, session, table, works
 
-from fashiondpo_pipeline import adapters
+from fashiondpo_pipeline import adapters, report
 from fashiondpo_pipeline.config import Finetune, validate
 from fashiondpo_pipeline.errors import UserError
 from stages import strengthen
@@ -102,6 +102,9 @@ def test_auto_takes_what_the_rewarded_experts_like_best_of_training_prompts(plac
     assert found["strength"] == max(tried, key=lambda strength: tried[strength]["score"])
     assert ratio(folder, folder_of(run, 1, "finetune")) == pytest.approx(found["strength"])
     assert f", strength {found['strength']:g}, " in told.err
+    page = (run / "report.html").read_text()
+    assert f"<li>Round 1: strength {found['strength']:g} of 0.5, 1 and 4: rewarded mix {tried[found['strength']]['score']:+.2f} SD" in (
+        page.replace("\N{MINUS SIGN}", "-")), "the chart and what it says are in tests/test_report.py"
 
     sample = folder_of(run, 1, "strength-sample")
     drawn, scores = table(sample, "candidates").to_pandas(), table(folder_of(run, 1, "strength-score-bright"), "scores").to_pandas()
@@ -245,4 +248,6 @@ def test_every_means_goes_through_three_rounds_together_with_replay(place):
         trained = numbers(folder_of(run, number, "finetune"))
         assert trained["divergence"] >= 0
         assert trained["replayed_groups"] > 0 if number > 1 else trained["replayed_groups"] == 0
+        ended = f"Round {number} ended at {report.figure(trained['divergence'], 3)} nats a picture of 1, with beta "
+        assert ended in (run / "report.html").read_text()
     assert "nothing to do" in works("round", *sets).err

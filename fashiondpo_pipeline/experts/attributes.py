@@ -13,14 +13,14 @@ from fashiondpo_pipeline.experts.tower import Tower
 
 
 class Attributes:
-    """Probability of the wanted choice among `choices`, in [0, 1]; which is wanted, the prompt says.
+    """Probability of the wanted choice among `choices`, in [0, 1], and whether no other is likelier; which is wanted, the prompt says.
 
     attribute: its name (colour, sleeve, pattern, category), for messages. choices: its values. template: a sentence, or several that are
     averaged, with {} where the choice goes. What is wanted is `wanted`, the same for all; or the prompt's column `column`; or, without
     either, the one choice that stands in the prompt's text as a word of its own. temperature: cosines are divided by it before the softmax.
     """
 
-    version, range = 1, (0.0, 1.0)
+    version, range, classifies = 2, (0.0, 1.0), True
     needs: tuple[str, ...] = ("embedding",)
 
     def __init__(
@@ -51,11 +51,16 @@ class Attributes:
     def load(self, device: str, prepared: Path | None) -> None:
         self._tower = Tower(*self.tower, device=device)
 
-    def __call__(self, rows: list[dict]) -> list[float | tuple[float, str]]:
+    def __call__(self, rows: list[dict]) -> list[tuple]:
         asked = [self._asked(row) for row in rows]
         known = self.vectors() if any(isinstance(choice, int) for choice in asked) else np.zeros(0)
-        return [(math.nan, choice) if isinstance(choice, str) else float(shares(row["embedding"], known, self.temperature)[choice])
-                for row, choice in zip(rows, asked, strict=True)]
+        return [self._one(row, choice, known) for row, choice in zip(rows, asked, strict=True)]
+
+    def _one(self, row: dict, choice: int | str, known: np.ndarray) -> tuple:
+        if isinstance(choice, str):
+            return math.nan, choice
+        chances = shares(row["embedding"], known, self.temperature)
+        return float(chances[choice]), None, bool(chances[choice] >= chances.max())
 
     def vectors(self) -> np.ndarray:
         """(choices, d) unit vectors: each choice's sentences, averaged."""

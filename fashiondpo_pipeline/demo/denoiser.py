@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -90,7 +91,7 @@ def choose_captions(looks: Tensor, recipe: Recipe, key: torch.Generator | None) 
 
     A share of them is careless: it names the ground by the name of the colour before it in the palette.
     """
-    drawn = {"generator": key, "device": looks.device}
+    drawn: dict[str, Any] = {"generator": key, "device": looks.device}
     form = torch.randint(2 * len(FORMS), looks.shape, **drawn)
     form = torch.where(form < len(FORMS), form, 0)
     careless = torch.rand(looks.shape, **drawn) < recipe.misnamed
@@ -163,7 +164,7 @@ def train(
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
         return (both["unet"](noisy, t, encoder_hidden_states=words_).sample - noise).square().mean()
 
-    settings = {
+    settings: dict[str, Any] = {
         "steps": recipe.denoiser_steps, "rate": recipe.denoiser_rate, "checkpoint": work / "denoiser.pt",
         "every": recipe.checkpoint_seconds, "tick": tick,
     }  # fmt: skip

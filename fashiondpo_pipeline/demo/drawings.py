@@ -39,7 +39,7 @@ def measure(folder: Path, judge: Path, probes: int, seed: int, device: str) -> d
         said = dict(zip(ATTRIBUTES, by_attribute(logits), strict=True))
         hits = {one: said[one].argmax(1) == wanted[one] for one in ATTRIBUTES}
         right = torch.stack(list(hits.values())).all(0)
-        log_p = sum(said[one].log_softmax(1).gather(1, wanted[one][:, None]) for one in ATTRIBUTES)
+        log_p = torch.cat([said[one].log_softmax(1).gather(1, wanted[one][:, None]) for one in ATTRIBUTES], 1).sum(1)
         misnamed = said["colour"].argmax(1) == (wanted["colour"] + 1) % len(COLOURS)
         border = torch.cat([pictures[:, :, (0, -1)].flatten(1), pictures[:, :, :, (0, -1)].flatten(1)], 1)
         report[name] = {

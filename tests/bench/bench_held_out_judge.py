@@ -23,7 +23,7 @@ from fashiondpo_pipeline.demo.fitting import fit
 from fashiondpo_pipeline.demo.garments import ATTRIBUTES, Wardrobe, generator, mirrored, parts, shifted, wardrobes
 from fashiondpo_pipeline.effect_size import estimate
 from stages import Session
-from stages.evaluate import _mix_of, decoded, grid_of, right_of
+from stages.evaluate import mix_of, decoded, grid_of, right_of
 
 MEASURED = 1500  # test garments that the stranger is measured on
 
@@ -103,7 +103,7 @@ def inside(value: float | None, bounds: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder with Fashion-MNIST's four idx .gz files")
+    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder with Fashion-MNIST's four idx .gz files")
     parser.add_argument("--run", type=Path, nargs="+", default=[Path("runs/demo")])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
@@ -135,7 +135,7 @@ def main() -> None:
             asked = {role: [name for name in step.config["experts"] if f"{role}-score-{name}" in step.inputs] for role in draws}
             grids = {role: grid_of(out, role, names) for role, names in asked.items()}
             groups, k = grids["base"].groups, grids["base"].k
-            mix = _mix_of(grids["base"], step.config)
+            mix = mix_of(grids["base"], step.config)
             own = {role: grid.scores[judge] for role, grid in grids.items()}
             own_right = {role: right_of(out.input(f"{role}-score-{judge}"), grid, judge) for role, grid in grids.items()}
             wanted = asked_for(rows, list(groups), k)

@@ -26,7 +26,7 @@ from fashiondpo_pipeline.config import Config, load
 from fashiondpo_pipeline.effect_size import estimate
 from fashiondpo_pipeline.workspace import Step
 from stages import Aside, Session
-from stages.evaluate import Drawn, _mix_of, _mixed, _spreads, decoded
+from stages.evaluate import Drawn, mix_of, mixed, spreads_of, decoded
 
 MOST, LEAST, OF = 0.75, 0.92, 8  # share right of one picture at most, of the best of OF at least
 ROWS, CELL, TEXT = 20, 128, 18  # prompts on the sheet, pixels of a picture and of the line above
@@ -100,7 +100,7 @@ def measured(session: Session, setting: Setting, sheet: Path | None = None) -> L
     inputs = train.roles("train") | held_out.roles("held-out")
     out = session.run.output(Step("evaluate", "task", 0, 0, knobs, inputs))
     seen = {role: Drawn.of(out, role, knobs) for role in ("train", "held-out")}
-    mix, right = _mix_of(seen["held-out"].grid, knobs), seen["held-out"].right
+    mix, right = mix_of(seen["held-out"].grid, knobs), seen["held-out"].right
     if right is None:
         raise SystemExit(
             f"evaluate.judge {knobs['judge']} does not say what is right: name one that classifies"
@@ -116,8 +116,8 @@ def measured(session: Session, setting: Setting, sheet: Path | None = None) -> L
 def rewards(lines: list[Line], weights: dict[str, float]) -> list[float]:
     """Each line's mean of the rewarded mix on training prompts, in standard deviations over all lines."""
     scores = {str(line.setting): line.train.grid.scores for line in lines}
-    spreads = _spreads(scores, weights)
-    return [float(np.nanmean(_mixed(one, spreads, weights))) for one in scores.values()]
+    spreads = spreads_of(scores, weights)
+    return [float(np.nanmean(mixed(one, spreads, weights))) for one in scores.values()]
 
 
 def percents(value: float, low: float, high: float) -> str:

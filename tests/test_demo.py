@@ -13,7 +13,7 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -46,6 +46,7 @@ from fashiondpo_pipeline.demo.garments import (
     read_idx,
     shifted,
     splits,
+    wardrobes,
     woven,
 )
 from fashiondpo_pipeline.demo.recipe import SHIPPED, Recipe
@@ -66,6 +67,7 @@ TINY = Recipe(
     tints=2,
     denoiser_steps=3,
     denoiser_batch=2,
+    distilled_steps=2,
     clip_steps=1,
     clip_families=1,
     clip_torn=3,
@@ -324,6 +326,26 @@ def test_what_prompts_ask_for_was_never_shown_to_the_generator_nor_called_so():
     assert all((before == after).all() for before, after in zip(parts(torch.arange(4080))[:3], parts(shown)[:3], strict=True))
 
 
+def test_guidance_is_put_into_the_weights(miniature, images, tmp_path):
+    """Distilled, the UNet alone comes near to what its teacher says under guidance, in the mean over many latents."""
+    garments, strong = wardrobes(images, TINY.sizes, 0)["generator"], replace(TINY, denoiser_batch=16, denoiser_steps=20, distilled_guidance=8.0)
+    vae = AutoencoderKL.from_pretrained(miniature / "generator" / "vae").eval()
+    nets = {}
+    for steps in (0, 60):
+        recipe, work = replace(strong, distilled_steps=steps, distilled_rate=2e-3), tmp_path / str(steps)
+        work.mkdir()
+        nets[steps] = denoiser.train(vae, garments, recipe, seed=0, device="cpu", work=work, tick=lambda *_: None)
+    (teacher, text, _), (pupil, same, _) = nets[0], nets[60]
+    assert all(torch.equal(one, other) for one, other in zip(text.parameters(), same.parameters(), strict=True))
+    table = denoiser.token_table(words.write(tmp_path / "tokenizer"))
+    noisy, t = torch.randn(64, 4, 8, 8, generator=generator("noisy")), denoiser.spread_steps(64, 1000, generator("t"))
+    with torch.no_grad():
+        said, nothing = (text(table[rows]).last_hidden_state for rows in (torch.arange(64), torch.full((64,), len(table) - 1)))
+        free, bound = (denoiser.predicted(teacher, noisy, t, one) for one in (nothing, said))
+        wanted, learnt = free + 8 * (bound - free), denoiser.predicted(pupil, noisy, t, said)
+    assert (learnt - wanted).square().mean() < 0.7 * (bound - wanted).square().mean()
+
+
 def test_timesteps_cover_every_stratum():
     steps = denoiser.spread_steps(20, 1000, generator(0))
     assert sorted((steps // 50).tolist()) == list(range(20))
@@ -401,12 +423,13 @@ def test_another_recipe_makes_the_part_anew(miniature, images, capsys):
     build(images, miniature, device="cpu", only=["prompts.parquet"], recipe=TINY)
 
 
-def test_killed_and_continued_equals_straight(miniature, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [2, TINY.denoiser_steps + 2])
+def test_killed_and_continued_equals_straight(miniature, images, tmp_path, monkeypatch, at):
     calls = []
 
     def spread_steps(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == at:
             raise KeyboardInterrupt
         return whole(*args)
 
@@ -417,7 +440,7 @@ def test_killed_and_continued_equals_straight(miniature, images, tmp_path, monke
         build(images, out, work=work, device="cpu", only=["generator"], recipe=TINY)
     assert not (out / "generator").exists() and list(work.rglob("denoiser.pt"))
     build(images, out, work=work, device="cpu", only=["generator"], recipe=TINY)
-    assert len(calls) == 1 + TINY.denoiser_steps, "the first step must not be taken twice"
+    assert len(calls) == 1 + TINY.denoiser_steps + TINY.distilled_steps, "no step may be taken twice"
     assert not work.exists()
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
         straight, continued = (load_file(f / "generator" / f"{part}.safetensors") for f in (miniature, out))

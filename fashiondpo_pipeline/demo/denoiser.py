@@ -1,6 +1,8 @@
 """The small text-to-image denoiser (Ho et al. 2020; guidance: Ho and Salimans 2022), trained with its text encoder."""
 
 import json
+from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from fashiondpo_pipeline.demo.autoencoder import LATENTS, latents
 from fashiondpo_pipeline.demo.fitting import Tick, fit, fit_replayed
 from fashiondpo_pipeline.demo.garments import COLOURS, COMBOS, FORMS, STYLES, Look, Wardrobe, asked, caption, generator, random_looks
 from fashiondpo_pipeline.demo.recipe import Recipe
+from fashiondpo_pipeline.diffusion import guide
 
 WIDTH = 96
 OTHERS = len(COLOURS) - 1
@@ -144,33 +147,61 @@ def encode_wardrobe(vae: AutoencoderKL, wardrobe: Wardrobe, recipe: Recipe, seed
 def train(
     vae: AutoencoderKL, wardrobe: Wardrobe, recipe: Recipe, *, seed: int, device: str, work: Path, tick: Tick
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, float]:
-    """Predict the noise in mean squared error; returns UNet, text encoder and the seconds."""
+    """UNet, text encoder and the seconds: first both learn to predict the noise, then the UNet to do so as if guided.
+
+    The second part (Meng et al. 2023, On distillation of guided diffusion models) puts guidance into the weights, so
+    that one forward a step draws what two did, as FLUX.1-dev does.
+    """
     tokenizer = words.write(work / "tokenizer")
     torch.manual_seed(seed)
     both = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)}).to(device)
+    unet, text = both["unet"], both["text"]
     scheduler, table = new_scheduler(), token_table(tokenizer).to(device)
     alpha = scheduler.alphas_cumprod.to(device)
     z, looks = encode_wardrobe(vae, wardrobe, recipe, seed)
     batch = recipe.denoiser_batch
 
-    def loss_of(key: torch.Generator | None) -> Tensor:
+    def drawn(key: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents (b, 4, 8, 8), timesteps (b,), the noise (b, 4, 8, 8) and tokens (b, length)."""
         rows = torch.randint(len(z), (batch,), generator=key, device=device)
-        clean = z[rows].float()  # (b, 4, 8, 8)
+        clean = z[rows].float()
         noise = torch.randn(clean.shape, generator=key, device=device)
         t = spread_steps(batch, len(alpha), key, device)
-        tokens = table[choose_captions(looks[rows], recipe, key)]  # (b, length)
-        words_ = both["text"](tokens).last_hidden_state  # (b, length, 96)
         signal = alpha[t].view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        return (both["unet"](noisy, t, encoder_hidden_states=words_).sample - noise).square().mean()
+        return signal.sqrt() * clean + (1 - signal).sqrt() * noise, t, noise, table[choose_captions(looks[rows], recipe, key)]
 
-    settings: dict[str, Any] = {
-        "steps": recipe.denoiser_steps, "rate": recipe.denoiser_rate, "checkpoint": work / "denoiser.pt",
-        "every": recipe.checkpoint_seconds, "tick": tick,
-    }  # fmt: skip
-    if torch.device(device).type == "cuda":
-        return both["unet"], both["text"], fit_replayed(both, lambda: loss_of(None), **settings)
-    return both["unet"], both["text"], fit(both, lambda step: loss_of(generator(seed, "denoiser", step)), **settings)
+    def loss_of(key: torch.Generator | None) -> Tensor:
+        noisy, t, noise, tokens = drawn(key)
+        return (predicted(unet, noisy, t, text(tokens).last_hidden_state) - noise).square().mean()
+
+    def fitted(model: nn.Module, loss_of: Callable[[torch.Generator | None], Tensor], name: str, steps: int, rate: float) -> float:
+        settings: dict[str, Any] = {
+            "steps": steps, "rate": rate, "checkpoint": work / f"{name}.pt", "every": recipe.checkpoint_seconds, "tick": tick,
+        }  # fmt: skip
+        if torch.device(device).type == "cuda":
+            return fit_replayed(model, lambda: loss_of(None), **settings)
+        return fit(model, lambda step: loss_of(generator(seed, name, step)), **settings)
+
+    seconds = fitted(both, loss_of, "denoiser", recipe.denoiser_steps, recipe.denoiser_rate)
+    text.requires_grad_(False)
+    teacher = deepcopy(unet).requires_grad_(False)
+    nothing = text(table[-1:]).last_hidden_state  # (1, length, 96)
+    shares = torch.tensor([1 - recipe.distilled_guidance, recipe.distilled_guidance], device=device)
+
+    def distilled_loss_of(key: torch.Generator | None) -> Tensor:
+        noisy, t, _, tokens = drawn(key)
+        asked_for = text(tokens).last_hidden_state  # (b, length, 96)
+        with torch.no_grad():
+            branches = torch.stack([predicted(teacher, noisy, t, said) for said in (nothing.expand_as(asked_for), asked_for)])
+        return (predicted(unet, noisy, t, asked_for) - guide(branches, shares)).square().mean()
+
+    seconds += fitted(unet, distilled_loss_of, "distilled", recipe.distilled_steps, recipe.distilled_rate)
+    return unet, text, seconds
+
+
+def predicted(unet: nn.Module, noisy: Tensor, t: Tensor, said: Tensor) -> Tensor:
+    """The noise that the UNet sees in latents; (b, 4, 8, 8)."""
+    return unet(noisy, t, encoder_hidden_states=said).sample
 
 
 def write(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, text: CLIPTextModel) -> None:

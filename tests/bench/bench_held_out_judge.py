@@ -23,7 +23,7 @@ from fashiondpo_pipeline.demo.fitting import fit
 from fashiondpo_pipeline.demo.garments import ATTRIBUTES, Wardrobe, generator, mirrored, parts, shifted, wardrobes
 from fashiondpo_pipeline.effect_size import estimate
 from stages import Session
-from stages.evaluate import mix_of, decoded, grid_of, right_of
+from stages.evaluate import decoded, grid_of, mix_of, right_of
 
 MEASURED = 1500  # test garments that the stranger is measured on
 
@@ -103,7 +103,8 @@ def inside(value: float | None, bounds: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder with Fashion-MNIST's four idx .gz files")
+    where = Path("/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--images", type=Path, default=where, help="folder with Fashion-MNIST's four idx .gz files")
     parser.add_argument("--run", type=Path, nargs="+", default=[Path("runs/demo")])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
@@ -119,7 +120,8 @@ def main() -> None:
     pictures, looks = measured.draw(MEASURED, generator("stranger", "test"))
     said = [logits.argmax(1) for logits in network(pictures)]
     shares = [float((one == wanted).float().mean()) for one, wanted in zip(said, parts(looks), strict=True)]
-    print("the stranger on garments it has not seen: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(ATTRIBUTES, shares, strict=True)))
+    told = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(ATTRIBUTES, shares, strict=True))
+    print(f"the stranger on garments it has not seen: {told}")
 
     targets = peaks.Targets()
     for folder in options.run:

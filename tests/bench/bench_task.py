@@ -26,7 +26,7 @@ from fashiondpo_pipeline.config import Config, load
 from fashiondpo_pipeline.effect_size import estimate
 from fashiondpo_pipeline.workspace import Step
 from stages import Aside, Session
-from stages.evaluate import Drawn, mix_of, mixed, spreads_of, decoded
+from stages.evaluate import Drawn, decoded, mix_of, mixed, spreads_of
 
 MOST, LEAST, OF = 0.75, 0.92, 8  # share right of one picture at most, of the best of OF at least
 ROWS, CELL, TEXT = 20, 128, 18  # prompts on the sheet, pixels of a picture and of the line above

@@ -120,8 +120,8 @@ def main() -> None:
     pictures, looks = measured.draw(MEASURED, generator("stranger", "test"))
     said = [logits.argmax(1) for logits in network(pictures)]
     shares = [float((one == wanted).float().mean()) for one, wanted in zip(said, parts(looks), strict=True)]
-    told = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(ATTRIBUTES, shares, strict=True))
-    print(f"the stranger on garments it has not seen: {told}")
+    accuracy = ", ".join(f"{name} {100 * share:.1f} %" for name, share in zip(ATTRIBUTES, shares, strict=True))
+    print(f"the stranger on garments it has not seen: {accuracy}")
 
     targets = peaks.Targets()
     for folder in options.run:

@@ -381,7 +381,7 @@ class Setting(Section):
         return self
 
 
-SETTINGS = [Setting(guidance=1.5, steps=5), Setting(guidance=1.5), Setting(guidance=3.0)]  # for the embedded default's generator
+SETTINGS = [Setting(guidance=1.5, steps=5), Setting(guidance=1.5), Setting(steps=20)]  # for the embedded default's generator
 
 
 class Evaluate(Section):

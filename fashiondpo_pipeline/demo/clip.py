@@ -83,7 +83,8 @@ def family(looks: Tensor, key: torch.Generator) -> Tensor:
             variants = [look._replace(colour=accent), look._replace(pattern=pattern, accent=accent)]
         else:
             variants = [look.swapped, look._replace(pattern=pattern)]
-        variants.append(look._replace(pattern=look.pattern if look.pattern != "plain" else patterns[0], accent=accent))
+        other = next(name for name in patterns if name != pattern) if look.pattern == "plain" else look.pattern
+        variants.append(look._replace(pattern=other, accent=accent))
         kinds = [category for category in CATEGORIES if category != look.category]
         variants.append(look._replace(category=kinds[int(torch.randint(len(kinds), (), generator=key))]))
         rows.append([number, *(variant.number for variant in variants)])

@@ -381,7 +381,7 @@ class Setting(Section):
         return self
 
 
-SETTINGS = [Setting(guidance=1.5, steps=5), Setting(guidance=1.5), Setting(guidance=3.0)]  # for the embedded default's generator
+SETTINGS = [Setting(guidance=1.5, steps=5), Setting(guidance=1.5), Setting(steps=20)]  # for the embedded default's generator
 
 
 class Evaluate(Section):
@@ -454,8 +454,8 @@ def may_differ(override: str) -> bool:
 def shipped_experts() -> dict[str, Expert | None]:
     """The experts of the embedded default, which read the columns of its prompts."""
     clip = {"model": "local-dir:embedded:fashion_mini/clip"}
-    catalog = {"references": "embedded:fashion_mini/catalog.parquet", "match": ["colour", "category"]}
-    judge = {"model": "embedded:fashion_mini/judge", "label": "{colour} {category}"}
+    catalog = {"references": "embedded:fashion_mini/catalog.parquet", "match": ["category", "colour", "pattern", "accent"]}
+    judge = {"model": "embedded:fashion_mini/judge", "label": [f"{name}: {{{name}}}" for name in ("category", "colour", "pattern", "accent")]}
     return {
         "clip_i": Expert(use="clip_image", options=clip | catalog),
         "clip_t": Expert(use="clip_text", options=clip),

@@ -586,8 +586,9 @@ def of_round(number: int, numbers: dict, drift: float | None = DRIFT) -> list[Fi
 
     The whole interval of its best-of-n equivalent is below 1; or a watched expert falls (its interval wholly
     below one half) while a rewarded one rises (wholly above); or the mean of a meter or of diversity moved by
-    more than `drift` standard deviations of the base's, or a meter of structure lost more than HALF of the
-    base's; None: the latter two are never an alarm.
+    more than `drift` standard deviations of the base's (diversity that falls no further than it does by choosing
+    among the base's pictures for that quality is none), or a meter of structure lost more than HALF of the base's;
+    None: the latter two are never an alarm.
     """
     pictures = [*_drifted(number, numbers, drift), *_emptied(number, numbers, drift)]
     return [*_below_base(number, numbers), *_watched_fall(number, numbers), *pictures]
@@ -616,11 +617,20 @@ def _watched_fall(number: int, numbers: dict) -> list[Finding]:
 def _drifted(number: int, numbers: dict, limit: float | None) -> list[Finding]:
     if limit is None:
         return []
-    far = [f"{name.replace('_', ' ')} by {shift:+.1f}" for name, shift in shifts(numbers).items() if shift is not None and abs(shift) > limit]
+    moved = {name: shift for name, shift in shifts(numbers).items() if shift is not None and abs(shift) > limit}
+    if moved.get("diversity", 0) < 0 and _as_varied_as_chosen(numbers["size"]):
+        del moved["diversity"]
+    far = [f"{name.replace('_', ' ')} by {shift:+.1f}" for name, shift in moved.items()]
     if not far:
         return []
     what = f"round {number}: pictures drifted from the base's, in standard deviations: {', '.join(far)} (evaluate.drift is {limit:g})"
     return [Finding("alarm", what, "if the prompts did not ask for that, keep an earlier round, or raise finetune.beta")]
+
+
+def _as_varied_as_chosen(size: Mapping) -> bool:
+    """Whether a better round may well keep what choosing among the base's pictures keeps: mistakes that go take their variety along."""
+    kept = size["diversity_at_equal_quality"]
+    return claims.direction(size["best_of"]) == "good" and kept["value"] is not None and (kept["high"] is None or kept["high"] >= 1)
 
 
 def _emptied(number: int, numbers: dict, limit: float | None) -> list[Finding]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fashiondpo_pipeline import schemas
+from fashiondpo_pipeline import budget, schemas
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.reference import Reference
@@ -22,17 +22,6 @@ BUDGET_RANGE = 1e4  # and what follows a budget within this one: whoever sets a 
 BETA_RATE = 0.1  # auto_beta's change of ln beta for each unit that the gradient factor is off
 BUDGET_RATE, BUDGET_NOW = 0.2, 1.0  # a budget's, for each unit that the logarithm of the divergence is off, and is more off than before
 ARRIVED = 0.1  # share of the optimiser steps, at the end, that say how far the policy has gone
-
-
-def ahead(divergence: float, budget: float) -> float:
-    """How far a divergence is beyond its budget, as a difference of logarithms, -1 to 1.
-
-    >>> ahead(2.0, 2.0), ahead(100.0, 2.0), ahead(0.0, 2.0), round(ahead(2.2, 2.0), 3)
-    (0.0, 1.0, -1.0, 0.095)
-    """
-    if not budget or not divergence:
-        return 0.0 if divergence == budget else 1.0 if divergence > budget else -1.0
-    return min(max(math.log(divergence / budget), -1.0), 1.0)
 
 
 class Progress:
@@ -57,8 +46,7 @@ class Progress:
         if knobs.auto_beta is not None and factor == factor:
             self._move(BETA_RATE * (factor - knobs.auto_beta), BETA_RANGE)
         if knobs.divergence is not None:
-            # at a steady pull a policy gets as far as the learning rates carry it; divergence is the square of how far
-            off = ahead(tally.divergence, knobs.divergence * travel**2)
+            off = budget.ahead(tally.divergence, float(budget.on_the_way(knobs.divergence, travel)))
             self._move(BUDGET_RATE * off + BUDGET_NOW * (off - (off if self.off is None else self.off)), BUDGET_RANGE)
             self.off = off
 

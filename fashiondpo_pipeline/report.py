@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from fashiondpo_pipeline import charts, claims, diagnosis, effect_size, outcomes, preferences, statistics
+from fashiondpo_pipeline import budget, charts, claims, diagnosis, effect_size, outcomes, preferences, statistics
 from fashiondpo_pipeline.charts import EXPERT_COLOURS, ROUND_COLOURS, Mark, Points
 from fashiondpo_pipeline.codecs import decode_picture
 from fashiondpo_pipeline.config import Config
@@ -1086,15 +1086,12 @@ def divergence_charts(record: Record) -> list[tuple[str, Markup]]:
 
 
 def way_to_budget(done: Round) -> np.ndarray:
-    """How far a round's policy was to have moved at each optimiser step, nats a picture (steps,); NaN without a budget.
-
-    At a steady pull it gets as far as the learning rates carry it, and divergence is the square of how far.
-    """
+    """How far a round's policy was to have moved at each optimiser step, nats a picture (steps,); NaN without a budget."""
     rates = done.steps["learning_rate"].to_numpy().astype(float)
-    budget = done.knobs.get("divergence")
-    if budget is None:
+    whole = done.knobs.get("divergence")
+    if whole is None:
         return np.full(len(rates), np.nan)
-    return budget * (np.cumsum([0.0, *rates])[:-1] / rates.sum()) ** 2
+    return np.asarray(budget.on_the_way(whole, budget.way(rates)))
 
 
 def columns_chart(record: Record) -> Markup | None:

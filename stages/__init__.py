@@ -222,7 +222,8 @@ class Session:
         if wrong:
             raise UserError("\n".join(wrong))
         left_out = {name: panel.DROPPED for name in self.config.experts if name not in asked}
-        left_out |= {name: f"the prompts have no column {' or '.join(needs)}" for name, needs in lacks.items()}
+        for name, needs in lacks.items():
+            left_out[name] = f"the prompts have no column {' or '.join([', '.join(needs[:-1]), needs[-1]] if needs[1:] else needs)}"
         judges = [name for name in asked if name not in left_out and not self.config.pair.weights.get(name) and self._may_judge(name)]
         self.config, said = panel.without(self.config, left_out, judges)
         self.left_out = left_out

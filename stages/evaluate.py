@@ -103,7 +103,7 @@ def _size(drawn: dict[str, Drawn], judge: str, moved: np.ndarray, knobs: dict) -
     """How much was gained: `size` of the numbers, but for the judge's noise. moved: (g, 2) of `effect_size.moved`."""
     base, after, coverage = drawn["base"], drawn["after"], knobs["interval"]
     scores, mean = base.grid.scores[judge], statistics.row_means(after.grid.scores[judge])
-    mix = _mix_of(base.grid, knobs)
+    mix = mix_of(base.grid, knobs)
     quality = effect_size.chosen_quality(mix, scores)
     distance = effect_size.chosen_distance(np.where(np.isfinite(scores), mix, np.nan), base.distances)
 
@@ -123,7 +123,7 @@ def _size(drawn: dict[str, Drawn], judge: str, moved: np.ndarray, knobs: dict) -
     }
 
 
-def _mix_of(grid: Grid, knobs: dict) -> np.ndarray:
+def mix_of(grid: Grid, knobs: dict) -> np.ndarray:
     """The rewarded mix by which the base's pictures are chosen, (g, k): that of the round's pairs, of who is asked about held-out draws."""
     weights = {name: weight for name, weight in knobs["weights"].items() if weight > 0 and name in knobs["experts"]}
     if not weights:  # people alone are rewarded
@@ -138,7 +138,7 @@ def _noise(out: Output, knobs: dict, opinions: dict[str, dict[str, np.ndarray]])
     if judge is None:
         if set(knobs["weights"]) - set(disturbed):  # rewarded by these pairs alone
             return None
-        judge, disturbed = "mix", {"mix": _mixed(disturbed, _spreads(opinions, knobs["weights"]), knobs["weights"])}
+        judge, disturbed = "mix", {"mix": mixed(disturbed, spreads_of(opinions, knobs["weights"]), knobs["weights"])}
     few = disturbed[judge].shape[1]
     return effect_size.noise_of(opinions["base"][judge][:, :few], disturbed[judge])
 
@@ -160,7 +160,7 @@ def _sampler(out: Output, drawn: dict[str, Drawn], judge: str, knobs: dict) -> l
         for name in names:
             sample, found = out.input(name).manifest, drawn[role] if name == role else Drawn.of(out, name, knobs)
             how, scores = sample["claim"]["config"], found.grid.scores
-            rewarded = _mixed(scores, spreads, weights) if weights and set(weights) <= set(scores) else np.zeros((0, 0))
+            rewarded = mixed(scores, spreads, weights) if weights and set(weights) <= set(scores) else np.zeros((0, 0))
             quality, rewarded = scores.get(judge, rewarded)[:, :few], rewarded[:, :few]
             right = None if found.right is None else found.right[:, :few]
             judged.append({"mean": quality, "right": right})
@@ -186,16 +186,16 @@ def grid_of(out: Output, role: str, experts: list[str]) -> Grid:
 
 def _add_mix(opinions: dict[str, dict[str, np.ndarray]], weights: dict[str, float]) -> None:
     """The rewarded experts' mix, on a scale common to all sets of pictures."""
-    spreads = _spreads(opinions, weights)
+    spreads = spreads_of(opinions, weights)
     for found in opinions.values():
-        found["mix"] = _mixed(found, spreads, weights)
+        found["mix"] = mixed(found, spreads, weights)
 
 
-def _spreads(opinions: dict[str, dict[str, np.ndarray]], weights: dict[str, float]) -> dict[str, Spread]:
+def spreads_of(opinions: dict[str, dict[str, np.ndarray]], weights: dict[str, float]) -> dict[str, Spread]:
     return {name: Spread.of(np.concatenate([found[name] for found in opinions.values()]), False) for name in weights}
 
 
-def _mixed(scores: dict[str, np.ndarray], spreads: dict[str, Spread], weights: dict[str, float]) -> np.ndarray:
+def mixed(scores: dict[str, np.ndarray], spreads: dict[str, Spread], weights: dict[str, float]) -> np.ndarray:
     return preferences.mix({name: preferences.normalise(scores[name], "zscore", spreads[name]) for name in weights}, weights)
 
 

@@ -3,11 +3,10 @@
 import math
 import time
 
-import numpy as np
 import pyarrow as pa
 import torch
 
-from fashiondpo_pipeline import adapters, diagnosis, schemas, seeds
+from fashiondpo_pipeline import adapters, budget, diagnosis, schemas, seeds
 from fashiondpo_pipeline.config import Finetune
 from fashiondpo_pipeline.errors import UserError
 from fashiondpo_pipeline.objectives import Evidence
@@ -77,7 +76,7 @@ def run(session, step: Step, out: Output) -> None:
         return found
 
     rates = [rate_at(number, len(plan), knobs.warmup, knobs.decay) for number in range(len(plan))]
-    travel = np.cumsum([0.0, *rates]) / sum(rates)
+    travel = budget.way(rates)
     to_do = list(enumerate(plan))[len(progress.rows):]
     bar = session.track(to_do, f"round {step.round} {step.name}", len(plan), len(progress.rows), "steps", now=lambda: in_words(progress))
     for number, (epoch, units) in bar:

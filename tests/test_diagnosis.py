@@ -339,12 +339,13 @@ def rate(win_rate, low, high):
     return {"win_rate": win_rate, "low": low, "high": high}
 
 
-def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5, best_of=(3.4, 2.9, 4.1), shift=0.5) -> dict:
+def numbers(clip=UP, judge=UP, watcher=OPEN, saturation=0.4, diversity=0.5, best_of=(3.4, 2.9, 4.1), shift=0.5, kept=(0.7, 0.6, 0.8)) -> dict:
     """What `evaluate` says of a round: saturation 0.4 +- 0.1 and diversity 0.5 +- 0.2 in the base."""
     rates = {"clip": (clip, True), "judge": (judge, False), "watcher": (watcher, False)}
     return {
         "experts": {name: {"rewarded": rewarded, "against_base": rate(*found)} for name, (found, rewarded) in rates.items()},
-        "size": {"best_of": dict(zip(("value", "low", "high", "most"), (*best_of, 16), strict=True)), "shift": {"value": shift}},
+        "size": {"best_of": dict(zip(("value", "low", "high", "most"), (*best_of, 16), strict=True)), "shift": {"value": shift},
+                 "diversity_at_equal_quality": dict(zip(("value", "low", "high"), kept, strict=True))},
         "meters": {"saturation": {"base": 0.4, "after": saturation, "spread": 0.1}},
         "diversity": {"base": 0.5, "before": 0.5, "after": diversity, "spread": 0.2},
     }
@@ -383,6 +384,16 @@ def test_drift_of_meters_and_diversity_is_one_alarm_with_figures():
     (alarm,) = of_rounds({3: numbers(saturation=0.63, diversity=0.2)})
     assert alarm.what == ("round 3: pictures drifted from the base's, in standard deviations: saturation by +2.3, diversity by -1.5 "
                           "(evaluate.drift is 1)")
+
+
+@pytest.mark.parametrize(("best_of", "kept", "count"), [
+    ((3.4, 2.9, 4.1), (1.1, 0.9, 1.3), 0), ((3.4, 2.9, None), (1.1, 0.9, None), 0), ((3.4, 2.9, 4.1), (0.9, 0.7, 0.99), 1),
+    ((3.4, 2.9, 4.1), (None, None, None), 1), ((1.2, 0.9, 1.5), (1.1, 0.9, 1.3), 1),
+])
+def test_diversity_that_choosing_costs_too_is_no_drift(best_of, kept, count):
+    assert len(of_rounds({1: numbers(diversity=0.2, best_of=best_of, kept=kept)})) == count
+    (alarm,) = of_rounds({1: numbers(diversity=0.8, best_of=best_of, kept=kept)})
+    assert "diversity by +1.5" in alarm.what
 
 
 def test_the_limit_of_drift_is_a_knob_and_null_is_never():

@@ -14,7 +14,8 @@ FEW = [f"a {colour} {kind}" for colour in ("red", "blue", "green") for kind in (
 OWN = ["--set", "prompts.file=mine.txt", "--set", "prompts.held_out=0.4", "--set", "sample.candidates=4", "--set", "evaluate.pictures=2",
        "--set", "finetune.epochs=1", "--set", "finetune.timesteps=1", "--set", "evaluate.bootstrap=100", "--set", "machine.threads=1",
        "--set", "pair.margin=0", "--set", "pair.agree=null"]
-LEFT = "left out: clip_i (the prompts have no column colour or category), judge (the prompts have no column colour or category)"
+WHY = "the prompts have no column category, colour, pattern or accent"
+LEFT = f"left out: clip_i ({WHY}), judge ({WHY})"
 
 
 @pytest.fixture
@@ -33,10 +34,10 @@ def test_own_prompts_on_the_shipped_default_leave_out_who_cannot_be_asked_and_sa
     run = bare / "runs/demo"
     for step in ("pair", "evaluate"):
         manifest = json.loads((folder_of(run, 1, step) / "manifest.json").read_text())
-        assert manifest["left_out"] == dict.fromkeys(("clip_i", "judge"), "the prompts have no column colour or category")
+        assert manifest["left_out"] == dict.fromkeys(("clip_i", "judge"), WHY)
     assert manifest["claim"]["config"]["weights"] == {"clip_t": 1.0}
     page = " ".join((run / "report.html").read_text().split())
-    assert "Not asked: clip_i (the prompts have no column colour or category), judge (the prompts have no column colour or category)." in page
+    assert f"Not asked: clip_i ({WHY}), judge ({WHY})." in page
     assert LEFT in works("status", *OWN).err.splitlines()
     assert not list(run.glob("*/*clip_i*"))
 
@@ -50,8 +51,8 @@ def test_an_expert_of_ones_own_that_lacks_a_column_is_an_error_as_a_typo_would_b
     mine = "experts.mine={use: classifier, options: {model: 'embedded:fashion_mini/judge', label: '{colur}'}}"
     said = refused("plan", "-n", "1", *OWN, "--set", mine)
     assert said == ("expert 'mine' needs the column 'colur', which the prompts do not have: add it, or drop the expert (--set experts.mine=null)")
-    said = refused("plan", "-n", "1", *OWN, "--set", "experts.judge.options.label='{colour} {categry}'")
-    assert "expert 'judge' needs the column 'categry'" in said and not (bare / "runs").exists()
+    said = refused("plan", "-n", "1", *OWN, "--set", "experts.judge.options.label='colour: {colur}'")
+    assert "expert 'judge' needs the column 'colur'" in said and not (bare / "runs").exists()
 
 
 def test_null_drops_an_expert_and_what_names_it_follows(place):

@@ -1,4 +1,4 @@
-"""The small AutoencoderKL (Rombach et al. 2022): 32 x 32 pictures to 8 x 8 x 4 latents and back."""
+"""The small AutoencoderKL (Rombach et al. 2022): 64 x 64 pictures to 8 x 8 x 4 latents and back."""
 
 from pathlib import Path
 
@@ -14,14 +14,18 @@ from fashiondpo_pipeline.demo.recipe import Recipe
 KL_WEIGHT = 1e-4
 
 
+LATENTS = 4
+WIDTHS = (16, 32, 64, 96)
+
+
 def new() -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=SIZE,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=WIDTHS,
+        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
+        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENTS,
         norm_num_groups=4,
         mid_block_add_attention=False,
     )
@@ -43,7 +47,7 @@ def train(
     def loss_of(step: int) -> Tensor:
         key = generator(seed, "autoencoder", step)
         pictures, _ = wardrobe.draw(recipe.autoencoder_batch, key)
-        pictures = 2 * pictures.to(device) - 1  # (b, 3, 32, 32)
+        pictures = 2 * pictures.to(device) - 1  # (b, 3, 64, 64)
         posterior = network.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=key).to(device)
         redrawn = network.decode(posterior.mean + posterior.std * noise).sample
@@ -60,7 +64,7 @@ def train(
 
 @torch.no_grad()
 def latents(network: AutoencoderKL, pictures: Tensor, batch: int = 256) -> Tensor:
-    """Means of the posterior, unscaled: (n, 3, 32, 32) in [0, 1] -> (n, 4, 8, 8)."""
+    """Means of the posterior, unscaled: (n, 3, 64, 64) in [0, 1] -> (n, 4, 8, 8)."""
     return torch.cat([network.encode(2 * part - 1).latent_dist.mean for part in pictures.split(batch)])
 
 
@@ -76,9 +80,9 @@ def standardise(network: AutoencoderKL, pictures: Tensor) -> None:
     into, out = network.quant_conv, network.post_quant_conv
     out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
     out.weight *= std[None, :, None, None]
-    into.weight[:4] /= std[:, None, None, None]
-    into.bias[:4] = (into.bias[:4] - mean) / std
-    into.bias[4:] -= 2 * std.log()
+    into.weight[:LATENTS] /= std[:, None, None, None]
+    into.bias[:LATENTS] = (into.bias[:LATENTS] - mean) / std
+    into.bias[LATENTS:] -= 2 * std.log()
     network.register_to_config(scaling_factor=round(1 / latents(network, pictures).std().item(), 4))
 
 

@@ -75,7 +75,7 @@ def make_prompts(bench: Bench, target: Path) -> dict:
 
 
 def make_catalog(bench: Bench, target: Path) -> dict:
-    table = tables.catalog(bench.split["catalog"], bench.seed)
+    table = tables.catalog(bench.split["catalog"], bench.seed, bench.recipe.catalog_each)
     tables.write(table, target)
     return {"rows": table.num_rows}
 
@@ -233,12 +233,12 @@ def write_card(out: Path, parts: dict, recipe: Recipe, seed: int) -> None:
     """Where everything comes from, its licence, and every number measured while it was made."""
     card = {
         "name": "fashion_mini",
-        "about": "Real garments of Fashion-MNIST, tinted with named colours, with a small generator, CLIP and judge.",
+        "about": "Real garments of Fashion-MNIST, dyed and patterned in two named colours, with a small generator, CLIP and judge.",
         "source": {
             "data": "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms (Xiao, Rasul "
             "and Vollgraf 2017, arXiv:1708.07747), 70,000 grey pictures of 28 x 28",
             "package": "Debian dataset-fashion-mnist",
-            "changes": "padded to 32 x 32, white background, garments tinted; networks trained on the result",
+            "changes": "enlarged to 64 x 64, white background, garments dyed and patterned; networks trained on the result",
             "licence": "MIT",
             "notice": NOTICE,
         },

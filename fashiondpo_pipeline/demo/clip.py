@@ -13,15 +13,21 @@ from torch.nn import functional as F
 from fashiondpo_pipeline.demo import words
 from fashiondpo_pipeline.demo.fitting import Tick, fit
 from fashiondpo_pipeline.demo.garments import (
+    ATTRIBUTES,
     CATEGORIES,
     COLOURS,
-    COMBOS,
     FORMS,
+    NO_ACCENT,
+    PATTERNS,
     SIZE,
+    Look,
     Wardrobe,
     caption,
     generator,
+    mirrored,
     noun,
+    parts,
+    random_looks,
     shifted,
 )
 from fashiondpo_pipeline.demo.recipe import Recipe
@@ -36,7 +42,7 @@ def architecture() -> dict:
     """Pooling "argmax" finds the end token because it has the highest number; padding repeats it, the first counts."""
     return {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": SIZE, "patch_size": 4, "layers": 4, "width": 96, "head_width": 32},
+        "vision_cfg": {"image_size": SIZE, "patch_size": 8, "layers": 4, "width": 96, "head_width": 32},
         "text_cfg": {
             "context_length": words.LENGTH,
             "vocab_size": words.VOCABULARY,
@@ -58,36 +64,57 @@ def torn(pictures: Tensor, count: int, key: torch.Generator) -> Tensor:
     second = (first + torch.randint(1, len(pictures), (count,), generator=key)) % len(pictures)  # never the same
     image, other = pictures[first], pictures[second]
     chimera = torch.cat([image[:, :, : SIZE // 2], other[:, :, SIZE // 2 :]], dim=2)
-    blurred = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4, mode="bilinear")
+    blurred = F.interpolate(F.avg_pool2d(image, 8), scale_factor=8, mode="bilinear")
     noisy = (image + 0.25 * torch.randn(image.shape, generator=key)).clamp(0, 1)
     way = torch.randint(3, (count, 1, 1, 1), generator=key)
     return torch.where(way == 0, chimera, torch.where(way == 1, blurred, noisy))
 
 
-def caption_tokens(tokenizer: open_clip.tokenizer.HFTokenizer) -> Tensor:
-    """Token numbers of every caption that names a colour: (120, forms - 1, length)."""
-    return torch.stack([tokenizer([caption(*combo, form) for form in range(len(FORMS) - 1)]) for combo in COMBOS])
+def family(looks: Tensor, key: torch.Generator) -> Tensor:
+    """Looks that are easily mistaken for these: themselves, colours swapped, another pattern, another accent, another category; (5, n)."""
+    rows = []
+    for number in looks.tolist():
+        look = Look.of(number)
+        patterns = [name for name in PATTERNS if name not in (look.pattern, "plain")]
+        accents = [colour for colour in COLOURS if colour not in (look.colour, look.accent)]
+        accent = accents[int(torch.randint(len(accents), (), generator=key))]
+        pattern = patterns[int(torch.randint(len(patterns), (), generator=key))]
+        if look.pattern == "plain":
+            variants = [look._replace(colour=accent), look._replace(pattern=pattern, accent=accent)]
+        else:
+            variants = [look.swapped, look._replace(pattern=pattern)]
+        other = next(name for name in patterns if name != pattern) if look.pattern == "plain" else look.pattern
+        variants.append(look._replace(pattern=other, accent=accent))
+        kinds = [category for category in CATEGORIES if category != look.category]
+        variants.append(look._replace(category=kinds[int(torch.randint(len(kinds), (), generator=key))]))
+        rows.append([number, *(variant.number for variant in variants)])
+    return torch.tensor(rows).T
 
 
 def train(wardrobe: Wardrobe, recipe: Recipe, *, seed: int, device: str, work: Path, tick: Tick) -> tuple[CLIP, float]:
-    """Each batch holds each of the 120 colour and category pairs once, so that no pair is wrongly called different."""
+    """Each batch holds families of looks that differ in one thing, three a category, so that each thing has to be seen."""
     write_tokenizer(work / "clip")
-    table = caption_tokens(open_clip.get_tokenizer(f"local-dir:{work / 'clip'}"))
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{work / 'clip'}")
     torch.manual_seed(seed)
     network = CLIP(**architecture()).to(device)
-    target = torch.arange(len(COMBOS), device=device)
+    category = torch.arange(len(CATEGORIES)).repeat(recipe.clip_families)
+    target = torch.arange(5 * len(category), device=device)
 
     def loss_of(step: int) -> Tensor:
         key = generator(seed, "clip", step)
-        pictures, _ = wardrobe.each_combo(key)
-        pictures = shifted(pictures, key)
-        pictures = torch.cat([pictures, torn(pictures, recipe.clip_torn, key)])  # (120 + torn, 3, h, w)
-        form = torch.randint(2 * table.shape[1], (len(COMBOS),), generator=key)
-        tokens = table[torch.arange(len(COMBOS)), torch.where(form < table.shape[1], form, 0)]
-        image = network.encode_image(2 * pictures.to(device) - 1, normalize=True)  # (120 + torn, 96)
-        text = network.encode_text(tokens.to(device), normalize=True)  # (120, 96)
-        logits = network.logit_scale.exp().clamp(max=100) * text @ image.T  # (120, 120 + torn)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(COMBOS)].T, target)) / 2
+        looks = family(random_looks(category, key), key).flatten()  # (b,)
+        pictures = mirrored(shifted(wardrobe.dressed(looks, key), key, reach=2), key)
+        pictures = torch.cat([pictures, torn(pictures, recipe.clip_torn, key)])  # (b + torn, 3, h, w)
+        form = torch.randint(2 * (len(FORMS) - 1), looks.shape, generator=key)
+        form = torch.where(form < len(FORMS) - 1, form, 0)
+        texts = [caption(Look.of(look), way) for look, way in zip(looks.tolist(), form.tolist(), strict=True)]
+        image = network.encode_image(2 * pictures.to(device) - 1, normalize=True)  # (b + torn, 96)
+        text = network.encode_text(tokenizer(texts).to(device), normalize=True)  # (b, 96)
+        logits = network.logit_scale.exp().clamp(max=100) * text @ image.T  # (b, b + torn)
+        # a look that came twice is no mistake
+        twin = (looks[:, None] == looks[None]).fill_diagonal_(False).to(device)
+        logits = torch.cat([logits[:, : len(looks)].masked_fill(twin, -1e4), logits[:, len(looks) :]], 1)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : len(looks)].T, target)) / 2
 
     seconds = fit(
         network, loss_of, steps=recipe.clip_steps, rate=recipe.clip_rate,
@@ -118,22 +145,48 @@ def measure(folder: Path, wardrobe: Wardrobe, seed: int, rounds: int = 10) -> di
     def embed(texts: list[str]) -> Tensor:
         return network.encode_text(tokenizer(texts), normalize=True)
 
-    joint = embed([caption(*combo) for combo in COMBOS])
-    kind = embed([f"a photo of {noun('', category)}" for category in CATEGORIES])
-    colour = embed([f"a photo of a {colour} garment" for colour in COLOURS])
+    plain = {
+        "category": [f"a photo of {noun('', category)}" for category in CATEGORIES],
+        "colour": [f"a photo of a {colour} garment" for colour in COLOURS],
+    }
+    unseen = {name: embed(texts) for name, texts in plain.items()}
     right: dict[str, list[Tensor]] = {}
     for round_ in range(rounds):
-        pictures, combos = wardrobe.each_combo(generator(seed, "clip test", round_))
-        image = network.encode_image(2 * pictures - 1, normalize=True)  # (120, 96)
-        guess = (image @ joint.T).argmax(1)
-        hits = {
-            "zero_shot_joint": guess == combos,
-            "zero_shot_category": guess // len(COLOURS) == combos // len(COLOURS),
-            "zero_shot_colour": guess % len(COLOURS) == combos % len(COLOURS),
-            "zero_shot_category_unseen_wording": (image @ kind.T).argmax(1) == combos // len(COLOURS),
-            "zero_shot_colour_unseen_wording": (image @ colour.T).argmax(1) == combos % len(COLOURS),
-            "picture_of_caption_recall_at_1": (joint @ image.T).argmax(1) == combos,
-        }
-        for name, hit in hits.items():
-            right.setdefault(name, []).append(hit.float())
+        key = generator(seed, "clip test", round_)
+        looks = random_looks(torch.arange(len(CATEGORIES)).repeat(12), key)
+        image = network.encode_image(2 * wardrobe.dressed(looks, key) - 1, normalize=True)  # (120, 96)
+        wanted = dict(zip(ATTRIBUTES, parts(looks), strict=True))
+        for name, values in ATTRIBUTES.items():  # which value of one attribute fits best, the others as they are
+            texts = [caption(altered(Look.of(look), name, value)) for look in looks.tolist() for value in values]
+            said = (image[:, None] * embed(texts).unflatten(0, (len(looks), -1))).sum(-1)  # (120, values)
+            asked = possible(looks, name)
+            hit = said.masked_fill(~asked, -2).argmax(1) == wanted[name]
+            right.setdefault(name, []).append(hit[asked.sum(1) > 1].float())
+        patterned = looks[wanted["pattern"] > 0]
+        texts = [caption(Look.of(look)) for look in patterned.tolist()] + [caption(Look.of(look).swapped) for look in patterned.tolist()]
+        true, swapped = embed(texts).split(len(patterned))
+        seen = image[wanted["pattern"] > 0]
+        right.setdefault("binding", []).append(((seen * true).sum(1) > (seen * swapped).sum(1)).float())
+        for name, vectors in unseen.items():
+            right.setdefault(f"{name}_unseen_wording", []).append(((image @ vectors.T).argmax(1) == wanted[name]).float())
     return {name: round(torch.cat(hit).mean().item(), 4) for name, hit in right.items()}
+
+
+def altered(look: Look, attribute: str, value: str) -> Look:
+    """The look with another value of one attribute; a pattern without an accent gets the next colour."""
+    look = look._replace(**{attribute: value})
+    if look.pattern == "plain":
+        return look._replace(accent=NO_ACCENT)
+    if look.accent in (NO_ACCENT, look.colour):
+        return look._replace(accent=COLOURS[(COLOURS.index(look.colour) + 1) % len(COLOURS)])
+    return look
+
+
+def possible(looks: Tensor, attribute: str) -> Tensor:
+    """Which values of an attribute make another look, (n, values): a plain garment has no accent, nobody has two alike."""
+    _, colour, pattern, _ = parts(looks)
+    values = torch.ones(len(looks), len(ATTRIBUTES[attribute]), dtype=torch.bool)
+    if attribute == "accent":
+        values[:, 0] = pattern == 0
+        values[:, 1:] = (pattern > 0)[:, None] & (torch.arange(len(COLOURS)) != colour[:, None])
+    return values

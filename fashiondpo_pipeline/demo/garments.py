@@ -1,4 +1,9 @@
-"""Garments of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017) as small colour product photos with captions."""
+"""Garments of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017) as small product photos in two colours, with captions.
+
+A look is what a caption says of a garment: its category, its colour (the ground), its pattern and the pattern's colour
+(the accent). Looks are counted: `combo * STYLES + style`, where a combo is colour and category, style 0 is plain, and
+the others are a pattern in one of the eleven other colours.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 else:
     torch = Later("torch")
 
-SIZE = 32
+SIZE = 64
 
 # In the order of Fashion-MNIST's labels 0..9.
 CATEGORIES = (
@@ -45,7 +50,19 @@ PALETTE = {
 }
 COLOURS = tuple(PALETTE)
 COMBOS = tuple((colour, category) for category, colour in product(CATEGORIES, COLOURS))
-LABELS = tuple(f"{colour} {category}" for colour, category in COMBOS)
+
+# Name -> what captions call it. The accent covers less than half of the cloth, so that ground and accent can be told apart.
+PATTERNS = {"plain": "", "striped": "stripes", "checked": "checks", "dotted": "dots"}
+STYLES = 1 + (len(PATTERNS) - 1) * (len(COLOURS) - 1)
+NO_ACCENT = "none"
+# Two colours of a prompt differ by at least so much, of 255 in red, green and blue together: others are hard to tell apart.
+APART = 150
+
+# What a judge can say of a picture, attribute by attribute.
+ATTRIBUTES = {
+    "category": CATEGORIES, "colour": COLOURS, "pattern": tuple(PATTERNS), "accent": (NO_ACCENT, *COLOURS),
+}  # fmt: skip
+LABELS = tuple(f"{attribute}: {value}" for attribute, values in ATTRIBUTES.items() for value in values)
 
 # Ways to say what a picture shows. The first is canonical: the words of the prompts and of the catalogue.
 FORMS = (
@@ -71,6 +88,53 @@ def generator(*key: object) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------- words
 
 
+class Look(NamedTuple):
+    """What a caption says of a garment; `accent` is "none" where the pattern is plain."""
+
+    category: str
+    colour: str
+    pattern: str = "plain"
+    accent: str = NO_ACCENT
+
+    @property
+    def swapped(self) -> Look:
+        """The same with ground and accent exchanged; a plain one as it is."""
+        return self if self.pattern == "plain" else self._replace(colour=self.accent, accent=self.colour)
+
+    @property
+    def number(self) -> int:
+        combo = COMBOS.index((self.colour, self.category))
+        if self.pattern == "plain":
+            return combo * STYLES
+        other = (COLOURS.index(self.accent) - COLOURS.index(self.colour)) % len(COLOURS) - 1
+        return combo * STYLES + 1 + (list(PATTERNS).index(self.pattern) - 1) * (len(COLOURS) - 1) + other
+
+    @classmethod
+    def of(cls, number: int) -> Look:
+        """The look of a number.
+
+        >>> Look.of(Look("dress", "red", "striped", "blue").number)
+        Look(category='dress', colour='red', pattern='striped', accent='blue')
+        """
+        category, colour, pattern, accent = (int(part) for part in parts(torch.tensor(number)))
+        return cls(CATEGORIES[category], COLOURS[colour], tuple(PATTERNS)[pattern], ATTRIBUTES["accent"][accent])
+
+
+def parts(looks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Category, colour, pattern and accent of look numbers, counted as in ATTRIBUTES (accent 0 is none)."""
+    combo, style = looks // STYLES, looks % STYLES
+    category, colour = combo // len(COLOURS), combo % len(COLOURS)
+    pattern, other = 1 + (style - 1) // (len(COLOURS) - 1), (style - 1) % (len(COLOURS) - 1)
+    plain, accent = style == 0, (colour + 1 + other) % len(COLOURS) + 1
+    return category, colour, pattern.masked_fill(plain, 0), accent.masked_fill(plain, 0)
+
+
+def assembled(category: Tensor, colour: Tensor, pattern: Tensor, other: Tensor) -> Tensor:
+    """Look numbers of categories, colours, patterns and accents; `other` 0..10 counts the colours after the ground's."""
+    style = torch.where(pattern == 0, 0, 1 + (pattern - 1) * (len(COLOURS) - 1) + other)
+    return (category * len(COLOURS) + colour) * STYLES + style
+
+
 def noun(colour: str, category: str) -> str:
     """Colour and category with the article English wants: "an orange bag", "a pair of navy trousers", "a dress"."""
     words = f"{colour} {category}".strip()
@@ -79,13 +143,32 @@ def noun(colour: str, category: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def caption(colour: str, category: str, form: int = 0) -> str:
-    """One way to say what a picture shows; form 0 is canonical."""
-    return FORMS[form].format(noun=noun(colour, category), plain=noun("", category), bare=f"{colour} {category}")
+def caption(look: Look, form: int = 0) -> str:
+    """One way to say what a picture shows; form 0 is canonical.
+
+    >>> caption(Look("dress", "red", "striped", "blue"))
+    'a photo of a red dress with blue stripes, on white background'
+    """
+    detail = "" if look.pattern == "plain" else f" with {look.accent} {PATTERNS[look.pattern]}"
+    named = noun(look.colour, look.category) + detail
+    return FORMS[form].format(noun=named, plain=noun("", look.category), bare=f"{look.colour} {look.category}{detail}")
 
 
-def group(colour: str, category: str) -> str:
-    return f"{colour} {category}".replace(" ", "-")
+def group(look: Look) -> str:
+    """Name of a look in tables and files: "red-dress-blue-stripes", "navy-ankle-boot"."""
+    detail = "" if look.pattern == "plain" else f" {look.accent} {PATTERNS[look.pattern]}"
+    return f"{look.colour} {look.category}{detail}".replace(" ", "-")
+
+
+def asked(combo: int) -> Look:
+    """The look that the prompt of a combo asks for: a quarter plain, the others in the three patterns alike."""
+    category, place = divmod(combo, len(COLOURS))
+    colour = COLOURS[place]
+    pattern = list(PATTERNS)[(place + category) // 3 % len(PATTERNS)]
+    if pattern == "plain":
+        return Look(CATEGORIES[category], colour)
+    far = [other for other in COLOURS if sum(abs(a - b) for a, b in zip(PALETTE[colour], PALETTE[other], strict=True)) >= APART]
+    return Look(CATEGORIES[category], colour, pattern, far[crc32(f"accent {combo}".encode()) % len(far)])
 
 
 def held_out(combo: int) -> bool:
@@ -162,25 +245,62 @@ def splits(labels: Tensor, sizes: dict[str, int], seed: int) -> dict[str, Tensor
     }
 
 
+def enlarged(grey: Tensor) -> Tensor:
+    """Grey pictures (b, 28, 28) of 0..255 at twice the size with an empty border: (b, 64, 64)."""
+    twice = torch.nn.functional.interpolate(grey.float()[:, None], scale_factor=2, mode="bicubic", align_corners=False)
+    border = (SIZE - twice.shape[-1]) // 2
+    return torch.nn.functional.pad(twice[:, 0].clamp(0, 255), (border,) * 4)
+
+
 def tones(grey: Tensor) -> tuple[Tensor, Tensor]:
-    """Coverage in [0, 1] and light in [-1, 1] around each garment's own middle tone, both padded to 32 x 32."""
-    # 28 -> 32 with empty rows; in Fashion-MNIST 0 is the background and dark cloth has high values.
-    grey = torch.nn.functional.pad(grey.float(), (2, 2, 2, 2))  # (b, 32, 32)
-    middle = grey.masked_fill(grey == 0, float("nan")).flatten(1).nanmedian(1).values.nan_to_num()  # (b,)
-    cover = (grey / 40).clamp(max=1)  # anti-aliased outlines keep a soft edge
-    return cover, (middle[:, None, None] - grey) / 255
+    """Coverage in [0, 1] and light in [-1, 1] around each garment's own middle tone, (b, 64, 64) each."""
+    # In Fashion-MNIST 0 is the background and dark cloth has high values.
+    middle = grey.float().masked_fill(grey == 0, float("nan")).flatten(1).nanmedian(1).values.nan_to_num()  # (b,)
+    large = enlarged(grey)
+    cover = (large / 40).clamp(max=1)  # anti-aliased outlines keep a soft edge
+    return cover, (middle[:, None, None] - large) / 255
 
 
-def tint(grey: Tensor, colour: Tensor, jitter: Tensor | None = None) -> Tensor:
-    """Dye garments: their middle tone takes the named colour, folds stay lighter and darker; (b, 3, 32, 32) in [0, 1].
+def woven(pattern: Tensor, key: torch.Generator) -> Tensor:
+    """How much of each pixel is the accent's, in [0, 1]: (b, 64, 64) for pattern numbers (b,).
 
-    `colour` (b,) counts in COLOURS; `jitter` (b, 3), standard normal, varies the dye a little as shops' photos do.
+    Lines are 16 pixels apart, two cells of the latent grid, and run through the middle of a cell: which of the two, and for
+    stripes the direction, are drawn by key. Stripes cover 32 % of the cloth, checks (lines that cross) 36 %, dots 28 %.
     """
-    dye = torch.tensor(list(PALETTE.values()))[colour] / 255  # (b, 3)
+    count, device = len(pattern), pattern.device
+    period = 16.0
+    place = (4 + 8 * torch.randint(2, (2, count, 1, 1), generator=key)).to(device)
+    across = (torch.rand(count, 1, 1, generator=key) < 0.5).expand(count, SIZE, SIZE).to(device)
+    pixel = torch.arange(SIZE, device=device) + 0.5
+    # signed distance in pixels to the middle of the nearest line, down and across
+    down, along = (
+        (line + start + period / 2) % period - period / 2 for line, start in zip((pixel[:, None], pixel[None, :]), place, strict=True)
+    )
+    down, along = down.expand(count, SIZE, SIZE), along.expand(count, SIZE, SIZE)
+
+    def inside(distance: Tensor, reach: float) -> Tensor:
+        return (reach - distance + 0.5).clamp(0, 1)  # anti-aliased
+
+    stripes = inside(torch.where(across, along, down).abs(), period * 0.16)
+    checks = torch.maximum(inside(down.abs(), period * 0.1), inside(along.abs(), period * 0.1))
+    dots = inside((down**2 + along**2).sqrt(), period * 0.3)
+    drawn = torch.stack([torch.zeros_like(stripes), stripes, checks, dots])  # (4, b, 64, 64)
+    return drawn[pattern, torch.arange(count, device=device)]
+
+
+def dyed(grey: Tensor, colour: Tensor, accent: Tensor, weave: Tensor, jitter: Tensor | None = None) -> Tensor:
+    """Garments in two colours: their middle tone takes the named one, folds stay lighter and darker; (b, 3, 64, 64) in [0, 1].
+
+    `colour` and `accent` (b,) count in COLOURS; `weave` (b, 64, 64) is the accent's share of each pixel; `jitter`
+    (2, b, 3), standard normal, varies the dyes a little as shops' photos do.
+    """
+    table = torch.tensor(list(PALETTE.values()), device=grey.device) / 255
+    dyes = torch.stack([table[colour], table[accent]])  # (2, b, 3)
     if jitter is not None:
-        dye = (dye + 0.02 * jitter).clamp(0, 1)
-    cover, light = (tone[:, None] for tone in tones(grey))  # (b, 1, 32, 32)
-    dye = dye[:, :, None, None]
+        dyes = (dyes + 0.02 * jitter.to(dyes.device)).clamp(0, 1)
+    cover, light = (tone[:, None] for tone in tones(grey))  # (b, 1, 64, 64)
+    ground, over = dyes[..., None, None]
+    dye = ground + weave[:, None] * (over - ground)  # (b, 3, 64, 64)
     cloth = dye + light.clamp(min=0) * 0.9 * (1 - dye) + light.clamp(max=0) * 0.9 * dye
     return 1 - cover * (1 - cloth)
 
@@ -194,6 +314,12 @@ def shifted(pictures: Tensor, key: torch.Generator, reach: int = 1) -> Tensor:
     return torch.stack(moved)
 
 
+def mirrored(pictures: Tensor, key: torch.Generator) -> Tensor:
+    """Each picture as it is or with left and right exchanged, by chance; (b, 3, h, w)."""
+    turned = torch.rand(len(pictures), 1, 1, 1, generator=key) < 0.5
+    return torch.where(turned, pictures.flip(-1), pictures)
+
+
 @dataclass(frozen=True)
 class Wardrobe:
     """Grey garments of one split, to be dyed afresh whenever they are drawn."""
@@ -204,22 +330,41 @@ class Wardrobe:
     def __len__(self) -> int:
         return len(self.category)
 
+    def to(self, device: torch.device | str) -> Wardrobe:
+        """The same on a device, where the pictures are then made; what is drawn by key stays the same."""
+        return Wardrobe(self.grey.to(device), self.category.to(device))
+
     def draw(self, count: int, key: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random garments in random colours: pictures (count, 3, 32, 32) and combo numbers (count,)."""
+        """Random garments in random looks: pictures (count, 3, 64, 64) and look numbers (count,)."""
         rows = torch.randint(len(self), (count,), generator=key)
-        return self.dyed(rows, torch.randint(len(COLOURS), (count,), generator=key), key)
+        looks = random_looks(self.category[rows], key)
+        return self.worn(rows, looks, key), looks
 
-    def each_combo(self, key: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One garment for each of the 120 combos, in order."""
-        rows = []
+    def of_category(self, category: Tensor, key: torch.Generator) -> Tensor:
+        """Row numbers of random garments of these categories, (n,)."""
+        rows = torch.empty_like(category)
         for number in range(len(CATEGORIES)):
-            own = torch.nonzero(self.category == number).flatten()
-            rows.append(own[torch.randint(len(own), (len(COLOURS),), generator=key)])
-        return self.dyed(torch.cat(rows), torch.arange(len(COMBOS)) % len(COLOURS), key)
+            own, places = (torch.nonzero(of == number).flatten() for of in (self.category, category))
+            rows[places] = own[torch.randint(len(own), (len(places),), generator=key)] if len(places) else rows[places]
+        return rows
 
-    def dyed(self, rows: Tensor, colour: Tensor, key: torch.Generator) -> tuple[Tensor, Tensor]:
-        jitter = torch.randn(len(rows), 3, generator=key)
-        return tint(self.grey[rows], colour, jitter), self.category[rows] * len(COLOURS) + colour
+    def dressed(self, looks: Tensor, key: torch.Generator) -> Tensor:
+        """A random garment in each of these looks: (n, 3, 64, 64)."""
+        return self.worn(self.of_category(parts(looks)[0], key), looks, key)
+
+    def worn(self, rows: Tensor, looks: Tensor, key: torch.Generator) -> Tensor:
+        """These garments in these looks: (n, 3, 64, 64)."""
+        _, colour, pattern, accent = parts(looks)
+        jitter = torch.randn(2, len(rows), 3, generator=key)
+        return dyed(self.grey[rows], colour, (accent - 1).clamp(min=0), woven(pattern, key), jitter)
+
+
+def random_looks(category: Tensor, key: torch.Generator) -> Tensor:
+    """Look numbers of these categories: any colour, the four patterns alike, any other colour as accent; (n,)."""
+    shape = category.shape
+    colour = torch.randint(len(COLOURS), shape, generator=key)
+    pattern = torch.randint(len(PATTERNS), shape, generator=key)
+    return assembled(category, colour, pattern, torch.randint(len(COLOURS) - 1, shape, generator=key))
 
 
 def wardrobes(images: Path, sizes: dict[str, int], seed: int) -> dict[str, Wardrobe]:

@@ -1,4 +1,4 @@
-"""The judge that is only watched: a small ResNet (He et al. 2015) that names colour and category, calibrated."""
+"""The judge that is only watched: a small ResNet (He et al. 2015) that names category, colour, pattern and accent, calibrated."""
 
 from pathlib import Path
 
@@ -8,11 +8,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from fashiondpo_pipeline.demo.fitting import Tick, fit
-from fashiondpo_pipeline.demo.garments import COLOURS, LABELS, Wardrobe, generator, shifted
+from fashiondpo_pipeline.demo.garments import ATTRIBUTES, LABELS, SIZE, Wardrobe, generator, mirrored, parts, random_looks, shifted
 from fashiondpo_pipeline.demo.recipe import Recipe
-
-# ResNet's stem divides by 4, made for 224 pixels: pictures are enlarged first so that 16 x 16 remain to look at.
-SIDE = 64
 
 
 def new() -> ResNetForImageClassification:
@@ -29,27 +26,40 @@ def new() -> ResNetForImageClassification:
 
 def new_processor() -> ViTImageProcessor:
     return ViTImageProcessor(
-        size={"height": SIDE, "width": SIDE}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": SIZE, "width": SIZE}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
 
 
 def prepare(pictures: Tensor) -> Tensor:
-    """What `new_processor` does, on tensors in [0, 1]: (b, 3, 32, 32) -> (b, 3, 64, 64)."""
-    return 2 * F.interpolate(pictures, size=(SIDE, SIDE), mode="bilinear") - 1
+    """What `new_processor` does, on tensors in [0, 1]: (b, 3, 64, 64) -> (b, 3, 64, 64)."""
+    return 2 * pictures - 1
+
+
+def by_attribute(logits: Tensor) -> tuple[Tensor, ...]:
+    """The logits of each attribute's values, which compete with each other alone: (b, 10), (b, 12), (b, 4), (b, 13)."""
+    return logits.split([len(values) for values in ATTRIBUTES.values()], dim=1)
+
+
+def loss(logits: Tensor, looks: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of the four attributes together, in nats a picture."""
+    return torch.stack([
+        F.cross_entropy(some, wanted, label_smoothing=smoothing)
+        for some, wanted in zip(by_attribute(logits), parts(looks), strict=True)
+    ]).sum()  # fmt: skip
 
 
 def train(
     wardrobe: Wardrobe, calibration: Wardrobe, recipe: Recipe, *, seed: int, device: str, work: Path, tick: Tick
 ) -> tuple[ResNetForImageClassification, float]:
-    """Cross-entropy over the 120 labels, lightly smoothed; returns the calibrated network and the seconds."""
+    """Cross-entropy over the four attributes, lightly smoothed; returns the calibrated network and the seconds."""
     torch.manual_seed(seed)
     network = new().to(device)
 
     def loss_of(step: int) -> Tensor:
         key = generator(seed, "judge", step)
-        pictures, combos = wardrobe.draw(recipe.judge_batch, key)
-        logits = network(prepare(shifted(pictures, key).to(device))).logits  # (b, 120)
-        return F.cross_entropy(logits, combos.to(device), label_smoothing=0.02)
+        pictures, looks = wardrobe.draw(recipe.judge_batch, key)
+        logits = network(prepare(mirrored(shifted(pictures, key, reach=2), key).to(device))).logits  # (b, 39)
+        return loss(logits, looks.to(device), smoothing=0.02)
 
     seconds = fit(
         network, loss_of, steps=recipe.judge_steps, rate=recipe.judge_rate,
@@ -61,23 +71,25 @@ def train(
 
 @torch.no_grad()
 def logits_of(network: ResNetForImageClassification, wardrobe: Wardrobe, seed: int) -> tuple[Tensor, Tensor]:
-    """Logits (n, 120) and true labels (n,) of every garment, each in one random colour."""
+    """Logits (n, 39) and true looks (n,) of every garment, each in one random look."""
     key = generator(seed, "judged")
-    pictures, combos = wardrobe.dyed(
-        torch.arange(len(wardrobe)), torch.randint(len(COLOURS), (len(wardrobe),), generator=key), key
-    )
-    logits = [network(prepare(part.to(network.device))).logits.cpu() for part in pictures.split(256)]
-    return torch.cat(logits), combos
+    looks = random_looks(wardrobe.category, key)
+    logits = []
+    for rows in torch.arange(len(wardrobe)).split(256):
+        pictures = wardrobe.worn(rows, looks[rows], key)
+        logits.append(network(prepare(pictures.to(network.device))).logits.cpu())
+    return torch.cat(logits), looks
 
 
 @torch.no_grad()
-def temper(network: ResNetForImageClassification, logits: Tensor, combos: Tensor) -> None:
-    """Temperature scaling (Guo et al. 2017) written into the last layer, so that its softmax means what it says."""
-    grid = torch.linspace(0.3, 3, 271)
-    temperature = grid[torch.stack([F.cross_entropy(logits / t, combos) for t in grid]).argmin()].to(network.device)
-    last = network.classifier[-1]
-    last.weight /= temperature
-    last.bias /= temperature
+def temper(network: ResNetForImageClassification, logits: Tensor, looks: Tensor) -> None:
+    """Temperature scaling (Guo et al. 2017) of each attribute, written into the last layer: its softmax means what it says."""
+    grid, last, row = torch.linspace(0.3, 3, 271), network.classifier[-1], 0
+    for some, wanted in zip(by_attribute(logits), parts(looks), strict=True):
+        temperature = grid[torch.stack([F.cross_entropy(some / t, wanted) for t in grid]).argmin()].to(network.device)
+        last.weight[row : row + some.shape[1]] /= temperature
+        last.bias[row : row + some.shape[1]] /= temperature
+        row += some.shape[1]
 
 
 def write(folder: Path, network: ResNetForImageClassification) -> None:
@@ -88,16 +100,18 @@ def write(folder: Path, network: ResNetForImageClassification) -> None:
 def measure(folder: Path, wardrobe: Wardrobe, seed: int) -> dict[str, float]:
     """Accuracies, negative log-likelihood and expected calibration error (15 bins) on garments never seen."""
     network = AutoModelForImageClassification.from_pretrained(folder).eval()
-    logits, combos = logits_of(network, wardrobe, seed)
-    sure, guess = logits.softmax(1).max(1)
-    hit = (guess == combos).float()
+    logits, looks = logits_of(network, wardrobe, seed)
+    wanted = dict(zip(ATTRIBUTES, parts(looks), strict=True))
+    said = dict(zip(ATTRIBUTES, by_attribute(logits), strict=True))
+    hits = {name: said[name].argmax(1) == wanted[name] for name in ATTRIBUTES}
+    hit = torch.stack(list(hits.values())).all(0)
+    sure = torch.stack([some.softmax(1).max(1).values for some in said.values()]).prod(0)
     bins = (sure * 15).long().clamp(max=14)
-    gaps = [(sure[bins == b].mean() - hit[bins == b].mean()).abs() * (bins == b).float().mean() for b in bins.unique()]
+    gaps = [(sure[bins == b].mean() - hit[bins == b].float().mean()).abs() * (bins == b).float().mean() for b in bins.unique()]
     numbers = {
-        "joint": hit.mean(),
-        "category": (guess // len(COLOURS) == combos // len(COLOURS)).float().mean(),
-        "colour": (guess % len(COLOURS) == combos % len(COLOURS)).float().mean(),
-        "nll": F.cross_entropy(logits, combos),
+        "all": hit.float().mean(),
+        **{name: own.float().mean() for name, own in hits.items()},
+        "nll": loss(logits, looks),
         "ece": torch.stack(gaps).sum(),
     }
     return {name: round(value.item(), 4) for name, value in numbers.items()}

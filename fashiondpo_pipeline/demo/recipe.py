@@ -11,23 +11,29 @@ class Recipe:
     clip_garments: int = 1600
     judge_garments: int = 1720
     calibration_garments: int = 200
-    catalog_garments: int = 480  # 40 of every colour and category
+    catalog_garments: int = 480
+    catalog_each: int = 8  # of every look in the catalogue, a fifth of them to test on
 
-    autoencoder_steps: int = 1600
-    autoencoder_batch: int = 64
+    autoencoder_steps: int = 5000
+    autoencoder_batch: int = 48
     autoencoder_rate: float = 2e-3
 
-    tints: int = 4  # different dyes of each garment that the denoiser learns from
-    denoiser_steps: int = 2200
-    denoiser_batch: int = 128
+    tints: int = 4  # different looks of each garment that the denoiser learns from
+    denoiser_steps: int = 8000
+    denoiser_batch: int = 96
     denoiser_rate: float = 1.2e-3
     caption_dropout: float = 0.12  # to the empty prompt, so that guidance has something to guide away from
+    misnamed: float = 0.38  # share of captions that name the ground by the name of the colour before it in the palette
+    distilled_steps: int = 1000
+    distilled_rate: float = 3e-4
+    distilled_guidance: float = 2.0  # what the finished generator draws without guidance, its teacher drew with this much
 
-    clip_steps: int = 1000
+    clip_steps: int = 4500
+    clip_families: int = 2  # of five looks that are easily mistaken, of each category in each batch
     clip_torn: int = 40  # spoilt pictures in each batch, right for no caption
     clip_rate: float = 1e-3
 
-    judge_steps: int = 1200
+    judge_steps: int = 3000
     judge_batch: int = 128
     judge_rate: float = 2e-3
 

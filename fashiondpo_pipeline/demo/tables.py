@@ -10,9 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fashiondpo_pipeline.demo.garments import CATEGORIES, COLOURS, COMBOS, Wardrobe, caption, generator, group, held_out
+from fashiondpo_pipeline.demo.garments import (
+    CATEGORIES,
+    COLOURS,
+    COMBOS,
+    Look,
+    Wardrobe,
+    asked,
+    caption,
+    generator,
+    group,
+    held_out,
+)
 
-# One garment in five of each colour and category is kept for comparisons only.
+# One garment in five of each look is kept for comparisons only.
 TEST_SHARE = 5
 
 
@@ -24,28 +35,34 @@ def png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def catalog(wardrobe: Wardrobe, seed: int) -> pa.Table:
-    """Every garment of the wardrobe once; each category is dealt out evenly to the colours."""
+def catalog(wardrobe: Wardrobe, seed: int, each: int) -> pa.Table:
+    """Garments to compare with: `each` of every colour and category, plain, and as many of every pattern that is asked for.
+
+    No garment comes twice; each category is dealt out evenly to its looks.
+    """
     rows = []
-    for combo, (colour, category) in enumerate(COMBOS):
+    for category in CATEGORIES:
         own = torch.nonzero(wardrobe.category == CATEGORIES.index(category)).flatten()
-        share = own[COLOURS.index(colour) :: len(COLOURS)]
-        dye = torch.full((len(share),), COLOURS.index(colour))
-        pictures, _ = wardrobe.dyed(share, dye, generator(seed, "catalog", combo))
-        for number, picture in enumerate(pictures):
-            item = f"{group(colour, category)}-{number:02d}"
-            rows.append(
-                {
-                    "item": item,
-                    "picture": {"bytes": png(picture), "path": f"{item}.png"},
-                    "category": category,
-                    "colour": colour,
-                    "caption": caption(colour, category),
-                    "split": "test" if number % TEST_SHARE == TEST_SHARE - 1 else "train",
-                }
-            )
+        looks = [Look(category, colour) for colour in COLOURS]
+        looks += [look for look in map(asked, range(len(COMBOS))) if look.category == category and look.pattern != "plain"]
+        for place, look in enumerate(looks):
+            share = own[place * each : (place + 1) * each]
+            key = generator(seed, "catalog", look.number)
+            pictures = wardrobe.worn(share, torch.full((len(share),), look.number), key)
+            rows += [row(look, number, picture, each) for number, picture in enumerate(pictures)]
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.Table.from_pylist(rows, columns(picture=picture, strings=("category", "colour", "caption", "split")))
+    return pa.Table.from_pylist(rows, columns(picture=picture, strings=(*Look._fields, "caption", "split")))
+
+
+def row(look: Look, number: int, picture: Tensor, each: int) -> dict:
+    item = f"{group(look)}-{number:02d}"
+    return {
+        "item": item,
+        "picture": {"bytes": png(picture), "path": f"{item}.png"},
+        **look._asdict(),
+        "caption": caption(look),
+        "split": "test" if number >= each - max(1, each // TEST_SHARE) else "train",
+    }
 
 
 def columns(picture: pa.DataType, strings: tuple[str, ...]) -> pa.Schema:
@@ -56,17 +73,17 @@ def columns(picture: pa.DataType, strings: tuple[str, ...]) -> pa.Schema:
 
 
 def prompts() -> pa.Table:
-    """The 120 canonical captions: 80 to tune on and 40 held out, all categories and colours in both."""
+    """120 canonical captions: 80 to tune on and 40 held out, all categories, colours and patterns in both."""
+    looks = [asked(combo) for combo in range(len(COMBOS))]
     return pa.Table.from_pylist(
         [
             {
-                "group": group(colour, category),
-                "prompt": caption(colour, category),
+                "group": group(look),
+                "prompt": caption(look),
                 "split": "held-out" if held_out(combo) else "train",
-                "category": category,
-                "colour": colour,
+                **look._asdict(),
             }
-            for combo, (colour, category) in enumerate(COMBOS)
+            for combo, look in enumerate(looks)
         ]
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from fashiondpo_pipeline.demo.garments import CATEGORIES, COLOURS, FORMS, caption
+from fashiondpo_pipeline.demo.garments import CATEGORIES, COLOURS, FORMS, PATTERNS, Look, caption
 
 LENGTH = 24
 VOCABULARY = 960
@@ -26,7 +26,7 @@ ankle bag handbag purse backpack tote clutch hat scarf belt sock glove
 sleeve sleeves sleeveless long short collar button zip hood pocket strap laces sole hem waist neck neckline
 cotton wool leather denim silk linen suede velvet knit lace fabric cloth
 red orange yellow green blue navy teal purple pink brown black grey gray beige gold silver dark light bright pale deep
-striped stripes dotted dots floral plain checked print pattern logo
+striped stripes dotted dots floral plain checked checks print pattern logo
 high good best low poor quality detailed sharp soft beautiful elegant simple modern classic vintage casual formal
 sporty summer winter spring autumn new old small large big slim loose tight fit wide narrow
 """
@@ -34,7 +34,8 @@ sporty summer winter spring autumn new old small large big slim loose tight fit 
 
 def word_counts() -> Counter[str]:
     """How often each word and each run of other signs comes in the captions and, eight times each, in ENGLISH."""
-    captions = [caption(colour, kind, form) for colour in COLOURS for kind in CATEGORIES for form in range(len(FORMS))]
+    looks = [Look(kind, colour, pattern, colour) for colour in COLOURS for kind in CATEGORIES for pattern in PATTERNS]
+    captions = [caption(look, form) for look in looks for form in range(len(FORMS))]
     return Counter(re.findall(r"[a-z]+|[^a-z\s]+", " ".join([*captions, *[ENGLISH] * 8])))
 
 

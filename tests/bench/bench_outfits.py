@@ -33,9 +33,9 @@ EXPERTS = {
 
 
 def main() -> int:
-    catalog = read_parquet(locate(TABLES["items"])).select(["item", "category", "colour", "split"]).to_pylist()
-    colour = {row["item"]: row["colour"] for row in catalog}
-    tests = [row for row in catalog if row["split"] == "test"]
+    catalog = read_parquet(locate(TABLES["items"])).select(["item", "category", "colour", "pattern", "split"]).to_pylist()
+    colour, category = ({row["item"]: row[name] for row in catalog} for name in ("colour", "category"))
+    tests = [row for row in catalog if row["split"] == "test" and row["pattern"] == "plain"]
     vectors = wardrobe.Garments(locate(TABLES["items"])).embed([row["item"] for row in tests], Tower(CLIP))
     asked = wardrobe.asked(locate(TABLES["outfits"]))
     likes = {row["user"]: row["likes"] for row in read_parquet(locate(EXPERTS["personalisation"]["users"])).to_pylist()}
@@ -48,8 +48,7 @@ def main() -> int:
         table = np.full((len(asked), 12 * 12 * 16), np.nan)
         silent = 0
         for row, (group, wish) in enumerate(asked.items()):
-            kind = group.removeprefix(colour[wish.items[wish.place]] + "-").replace("-", " ")
-            some = [one for one in tests if one["category"].replace("-", " ") == kind]
+            some = [one for one in tests if one["category"] == category[wish.items[wish.place]]]
             if name == "compatibility":
                 good = [all(together(one["colour"], colour[item]) for item in wish.rest) for one in some]
             else:

@@ -148,6 +148,10 @@ class Sample(Section):
     """How candidates are drawn."""
 
     candidates: int = Field(8, ge=1, le=1000, description="pictures a prompt (K); pairs need at least 2, usual 4 to 20")
+    prompts: int | None = Field(
+        132, ge=1, description="training prompts drawn in a round; each round goes on in the file where the one before ended, so that it "
+        "meets others; null: all of them"
+    )
     steps: int = Field(10, ge=1, le=1000, description="denoising steps; 10 to 50")
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance; 1 is none (half the cost), Stable Diffusion's usual is 5 to 7.5; "
@@ -204,8 +208,9 @@ class Pair(Section):
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {"clip_i": 0.6, "clip_t": 0.4}, description="rewarded experts and their weights; every other expert is only watched"
     )
-    normalise: Literal["zscore", "minmax", "rank", "winrate"] = Field(
-        "zscore", description="brings experts to one scale before they are mixed; winrate: expected share of the group beaten (CaPO)"
+    normalise: Literal["zscore", "minmax", "rank", "winrate", "raw"] = Field(
+        "zscore", description="brings experts to one scale before they are mixed; winrate: expected share of the group beaten (CaPO); "
+        "raw: as they are, so that a margin means the same in every round"
     )
     over: Literal["group", "all"] = Field(
         "all", description="normalise within each prompt's candidates (group); or over all of them, so that prompts with much to gain give most pairs"
@@ -223,6 +228,10 @@ class Pair(Section):
     margin: float = Field(
         0.5, ge=0, description="least gap of the mixed score, in its unit (standard deviations for zscore); 0 rejects only ties"
     )
+    margin_later: float = Field(
+        3.0, ge=0, description="times margin, from round 2 on: where candidates have become alike, a standard deviation of them is less; "
+        "a margin under by_round is taken as it is"
+    )
     agree: float | None = Field(
         None, ge=0,
         description="least gap that every rewarded expert by itself must see, in the unit of margin; 0: none may disagree; "
@@ -233,6 +242,11 @@ class Pair(Section):
     labels: Literal["scored", "swapped", "random"] = Field(
         "scored", description="scored; swapped and random are control experiments: they must lose, and change nothing"
     )
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What pairs are chosen by: the fields of `preferences.Rule`."""
+        return self.model_dump(exclude={"margin_later"})
 
     @model_validator(mode="after")
     def _some_weight(self) -> "Pair":
@@ -298,13 +312,13 @@ class Finetune(Section):
     ratio_clip: float | None = Field(
         None, gt=0, description="step_dpo: stop pushing a candidate whose mean log-ratio is beyond this; null: never"
     )
-    epochs: int = Field(5, ge=1, description="passes over the groups")
+    epochs: int = Field(3, ge=1, description="passes over the groups")
     groups: int = Field(2, ge=1, description="groups an optimiser step")
     window: Window = Field(
-        [0.3, 0.9],
+        [0.1, 0.7],
         description="the part of the walk that is trained on, from 0 (noise) to 1 (picture): its middle decides most; [0, 1]: all",
     )
-    timesteps: int = Field(5, ge=1, description="saved steps (or draws) of each group used in an optimiser step")
+    timesteps: int = Field(3, ge=1, description="saved steps (or draws) of each group used in an optimiser step")
     pick: Literal["uniform", "accuracy"] = Field(
         "uniform", description="which of them: all alike, or more often those on which the policy learns to tell winner from loser"
     )
@@ -313,8 +327,15 @@ class Finetune(Section):
         "most rows a second forward; halved by itself when memory runs out"
     )
     checkpointing: bool = Field(False, description="recompute activations in the backward pass: a third more time, a fraction of the memory")
-    learning_rate: float = Field(2e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, some 1.0e-3 for tiny models")
-    warmup: int = Field(0, ge=0, description="optimiser steps in which the learning rate rises from 0")
+    learning_rate: float = Field(3e-3, gt=0, description="AdamW; 1.0e-5 to 1.0e-4 for Stable Diffusion, some 1.0e-3 for tiny models")
+    rate_later: float = Field(
+        0.6, gt=0, description="times learning_rate, from round 2 on, which has less to learn; a rate under by_round is taken as it is"
+    )
+    kept_later: float = Field(
+        0.3, gt=0, le=1, description="share of what a round changes in the adapter's weights that is kept, from round 2 on (a step of Lookahead): "
+        "few pairs point the right way, and training on them goes too far"
+    )
+    warmup: int = Field(10, ge=0, description="optimiser steps in which the learning rate rises from 0; a third of them at most")
     decay: Literal["none", "linear"] = Field(
         "linear", description="of the learning rate after warm-up: none, or linear to 0 at the end"
     )
@@ -440,8 +461,10 @@ class OfRound(Section):
 # What a round cannot have for itself, and why.
 _OF_THE_RUN = {
     "sample": dict.fromkeys(("negative", "height", "width", "tile"), "held-out pictures are compared over all rounds"),
+    "pair": {"margin_later": "it tells how rounds differ"},
     "finetune": dict.fromkeys(("adapter", "rank", "alpha", "targets"), "one adapter goes through all rounds")
-    | {"checkpoint_every": "it changes no result"},
+    | {"checkpoint_every": "it changes no result", "rate_later": "it tells how rounds differ",
+       "kept_later": "it tells how rounds differ"},
 }
 
 
@@ -491,11 +514,19 @@ class Config(Section):
 
     def of_round(self, number: int) -> "Config":
         """The configuration as one round has it."""
-        own = self.by_round.get(number)
-        if own is None:
-            return self
-        sections = {name: _overlaid(getattr(self, name), getattr(own, name)) for name in OfRound.model_fields}
-        return self.model_copy(update=sections)
+        own = self.by_round.get(number) or OfRound()
+        later = self._later if number > 1 else {}
+        knobs = {name: later.get(name, {}) | getattr(own, name) for name in OfRound.model_fields}
+        sections = {name: _overlaid(getattr(self, name), changed) for name, changed in knobs.items() if changed}
+        return self.model_copy(update=sections) if sections else self
+
+    @property
+    def _later(self) -> dict[str, dict[str, Any]]:
+        """What rounds from the second on do otherwise, where they do not name it themselves."""
+        pair, finetune = self.pair, self.finetune
+        margin = {} if pair.margin_later == 1 else {"margin": pair.margin * pair.margin_later}
+        rate = {} if finetune.rate_later == 1 else {"learning_rate": finetune.learning_rate * finetune.rate_later}
+        return {"pair": margin, "finetune": rate}
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> "Config":

@@ -71,11 +71,13 @@ def normalise(scores: np.ndarray, how: str, spread: Spread | None = None) -> np.
     zscore: standard deviations from the mean. minmax: 0..1. rank: 0..1, ties share their mean rank. winrate: 0..1, the chance to beat
     another of the row, scores being logits (CaPO, 2502.02588); `spread` then only makes logits of scores that are none, such as
     cosines, by counting them in its standard deviations. A row (or everything) without spread becomes 0 for zscore and 0.5 for the
-    others: no opinion, hence no pair.
+    others: no opinion, hence no pair. raw: the scores themselves.
 
     >>> normalise(np.array([[1.0, 2.0, 3.0], [5.0, 5.0, np.nan]]), "minmax").tolist()
     [[0.0, 0.5, 1.0], [0.5, 0.5, nan]]
     """
+    if how == "raw":
+        return scores
     if how == "rank":
         return _ranks(scores) if spread is None else _ranks_over_all(scores, spread)
     if how == "winrate":

@@ -12,10 +12,13 @@ _WATCHED = {
         "watcher": {"use": "clip_text", "options": {"model": "ViT-L-14", "pretrained": "datacomp_xl_s13b_b90k"}},
     },
     "prompts": {"file": "prompts.txt"},
-    "pair": {"weights": {"clip_t": 1.0}, "over": "group"},
+    "pair": {"weights": {"clip_t": 1.0}, "over": "group", "margin_later": 1.0},
     "evaluate": {"judge": "watcher", "pictures": 4, "keep": "best"},
 }
-_TUNING = {"beta": 3000.0, "learning_rate": 3e-5, "rank": 16, "checkpointing": True, "window": [0.0, 0.9]}
+_TUNING = {
+    "beta": 3000.0, "learning_rate": 3e-5, "rate_later": 1.0, "kept_later": 1.0, "epochs": 5, "timesteps": 5, "rank": 16, "checkpointing": True,
+    "window": [0.0, 0.9],
+}
 # Eight steps in two runs of neighbours: where a step led is the next one's start, so that a candidate of 512 pixels keeps 11 latents,
 # 0.34 MiB; eight steps spread out keep 17.
 _OF_30, _OF_20 = [4, 5, 6, 7, 16, 17, 18, 19], [2, 3, 4, 5, 11, 12, 13, 14]
@@ -26,27 +29,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "name": "sd15",
         "generator": {"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "revision": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
                       "dtype": "bfloat16"},
-        "sample": {"candidates": 7, "steps": 30, "guidance": 5.0, "save": _OF_30, "tile": 16},
+        "sample": {"prompts": None, "candidates": 7, "steps": 30, "guidance": 5.0, "save": _OF_30, "tile": 16},
         "finetune": _TUNING | {"micro_batch": 14},
     },
     "sdxl": _WATCHED | {
         "name": "sdxl",
         "generator": {"model": "stabilityai/stable-diffusion-xl-base-1.0", "revision": "462165984030d82259a11f4367a4eed129e94a7b",
                       "dtype": "bfloat16"},
-        "sample": {"candidates": 7, "steps": 30, "guidance": 5.0, "save": _OF_30, "tile": 8},
+        "sample": {"prompts": None, "candidates": 7, "steps": 30, "guidance": 5.0, "save": _OF_30, "tile": 8},
         "finetune": _TUNING | {"micro_batch": 7},
     },
     "sd35": _WATCHED | {
         "name": "sd35",
         "generator": {"model": "stabilityai/stable-diffusion-3.5-medium", "revision": "b940f670f0eda2d07fbb75229e779da1ad11eb80",
                       "dtype": "bfloat16"},
-        "sample": {"candidates": 7, "steps": 20, "guidance": 4.5, "eta": 0.7, "save": _OF_20, "tile": 8},
+        "sample": {"prompts": None, "candidates": 7, "steps": 20, "guidance": 4.5, "eta": 0.7, "save": _OF_20, "tile": 8},
         "finetune": _FLOW | {"micro_batch": 7},
     },
     "flux": _WATCHED | {
         "name": "flux",
         "generator": {"model": "black-forest-labs/FLUX.1-dev", "revision": "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21", "dtype": "bfloat16"},
-        "sample": {"candidates": 7, "steps": 20, "guidance": 3.5, "eta": 0.7, "save": _OF_20, "tile": 4},
+        "sample": {"prompts": None, "candidates": 7, "steps": 20, "guidance": 3.5, "eta": 0.7, "save": _OF_20, "tile": 4},
         "finetune": _FLOW | {"micro_batch": 2},
     },
 }

@@ -80,11 +80,14 @@ class Sheet:
             self._drawn.setdefault(row["group"], {})[row["candidate"]] = row
         rows = pc.index_in(pa.array(self._drawn, pa.string()), value_set=opinions.grid.groups).to_pylist()
         self._rows = dict(zip(self._drawn, rows, strict=True))
-        self._widest = max((_largest(normal[rows] - self._middle) for normal in opinions.normal.values()), default=0.0)
+        self._middle = {name: self._middle_of(normal) for name, normal in opinions.normal.items()}
+        self._widest = max((_largest(normal[rows] - self._middle[name]) for name, normal in opinions.normal.items()), default=0.0)
 
-    @property
-    def _middle(self) -> float:
-        """Of the scale that scores are normalised to: a bar to its right speaks for the picture, one to its left against."""
+    def _middle_of(self, normal: np.ndarray) -> float:
+        """Of the scale that an expert's scores are normalised to: a bar to its right speaks for the picture, one to its left against."""
+        if self.opinions.rule.normalise == "raw":
+            known = normal[np.isfinite(normal)]
+            return float(known.mean()) if known.size else 0.0
         return 0.0 if self.opinions.rule.normalise == "zscore" else 0.5
 
     def sections(self, groups: list[str], pairs: list[dict], reasons: dict[str, str]) -> list[Section]:
@@ -126,7 +129,7 @@ class Sheet:
     def _card(self, group: str, number: int) -> Card:
         place, drawn = (self._rows[group], number), self._drawn[group][number]
         image, small, problem = _embed(drawn["picture"], f"{group}/{number}")
-        bars = [self._bar(name, f"{scores[place]:.3f}", self.opinions.normal[name][place] - self._middle, self._widest)
+        bars = [self._bar(name, f"{scores[place]:.3f}", self.opinions.normal[name][place] - self._middle[name], self._widest)
                 for name, scores in self.opinions.grid.scores.items()]
         note = drawn["fault"] or self.opinions.silences.get(place) or problem
         mixed = float(self.opinions.mixed[place])

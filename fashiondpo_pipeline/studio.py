@@ -213,7 +213,7 @@ def _weigh(gr: Any, page: Any, album: Album) -> None:
         agree = gr.Slider(-0.05, max(2.0, rule.agree or 0), -0.05 if rule.agree is None else rule.agree, step=0.05,
                           label="agree: each expert's least gap (below 0: only the mix counts)", elem_id="agree")
     with gr.Row():
-        normalise = gr.Dropdown(["zscore", "minmax", "rank", "winrate"], value=rule.normalise, label="normalise", elem_id="normalise")
+        normalise = gr.Dropdown(["zscore", "minmax", "rank", "winrate", "raw"], value=rule.normalise, label="normalise", elem_id="normalise")
         over = gr.Dropdown(["group", "all"], value=rule.over, label="over", elem_id="over")
         select = gr.Dropdown(["all", "best_worst", "mirror", "median_split", "pareto"], value=rule.select, label="select", elem_id="select")
         save = gr.Button("Save as a new pair set", elem_id="save", variant="primary")

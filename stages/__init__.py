@@ -41,9 +41,11 @@ VERSIONS = {"encode": 1, "prepare": 1, "sample": 2, "embed": 1, "score": 1, "pai
 COMPARING = ("dspo", "anchor", "nft")  # objectives that look at the reference's predictions; they import torch
 DISTURBED = 128  # pictures by which the judge's noise is measured
 # Knobs of `finetune` that change no optimiser step, so that they are in no claim of one.
-UNTRAINED = {"checkpoint_every", "negative", "strength", "strengths", "strength_prompts", "strength_pictures", "strength_floor"}
+UNTRAINED = {"checkpoint_every", "negative", "rate_later", "strength", "strengths", "strength_prompts", "strength_pictures", "strength_floor"}
+# What is worked out for a round before it pairs.
+UNPAIRED = {"margin_later"}
 # Knobs that came later -> the value at which a step is what it was before there was the knob: its claim is then the old one.
-LATER = {"divergence": None, "guidance": "auto", "saturate": None}
+LATER = {"divergence": None, "guidance": "auto", "kept_later": 1.0, "saturate": None}
 SHARED = ("encode", "sample", "embed", "score", "finetune", "latents")  # stages in which several processes each do a share
 
 
@@ -264,13 +266,16 @@ class Session:
         return diagnosis.best_round(found, self.config.evaluate.judge or "mix", self.config.evaluate.drift)
 
     def drawn(self, sample: Step) -> list[dict]:
-        """The prompts that a sample step draws: a whole split, or a keyed choice of so many."""
+        """The prompts that a sample step draws: a whole split, so many from a place in it on and round again, or a keyed choice of so many."""
         rows, config = self.prompts[sample.args["split"]].rows, sample.config
         if "prompts" not in config:
             return rows
+        if "first" in config:
+            chosen = {(config["first"] + place) % len(rows) for place in range(config["prompts"])}
+            return [row for place, row in enumerate(rows) if place in chosen]
         keys = {row["group"]: seeds.key(config["seed"], config["stream"], row["group"]) for row in rows}
-        chosen = set(sorted(keys, key=lambda group: keys[group])[: config["prompts"]])
-        return [row for row in rows if row["group"] in chosen]
+        keyed = set(sorted(keys, key=lambda group: keys[group])[: config["prompts"]])
+        return [row for row in rows if row["group"] in keyed]
 
     # -- models
 
@@ -434,6 +439,11 @@ def claimed(section: Finetune | Pair, exclude: Collection[str] = ()) -> dict:
     return {name: value for name, value in section.model_dump(exclude=set(exclude)).items() if name not in LATER or value != LATER[name]}
 
 
+def untrained(adapter: Step | None) -> set[str]:
+    """Knobs of `finetune` that are in no claim of a finetuning that goes on from this adapter, or from none."""
+    return UNTRAINED | ({"kept_later"} if adapter is None else set())
+
+
 class _Builder:
     """Turns a configuration into claims. Each knob enters the claim of the stages that it changes, and no other."""
 
@@ -522,7 +532,7 @@ class _Builder:
         section = imported or own.pair
         rewarded = {f"score-{name}": scores[name] for name, weight in section.weights.items() if weight > 0}
         labels = {"seed": self.config.seed} if section.labels == "random" else {}
-        pair = Step("pair", "pair", number, VERSIONS["pair"], claimed(section) | labels, {"sample": sample, **rewarded})
+        pair = Step("pair", "pair", number, VERSIONS["pair"], claimed(section, UNPAIRED) | labels, {"sample": sample, **rewarded})
         finetune = self.finetune(number, sample, pair, adapter)
         negative = self.finetune(number, sample, pair, adapter, negative=True) if own.finetune.negative else None
         strength, tried = self.strength(number, finetune, section, prepared)
@@ -546,7 +556,7 @@ class _Builder:
         sampled = {"steps": s.steps, "guidance": 1.0, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "eta": 0.0, "negative": ""}
         adapter = before.adapter if isinstance(before, Round) else None
         inputs = {"encode": encode, "sample": latents, "pair": pair, **({"adapter": adapter} if adapter else {})}
-        own = claimed(knobs, UNTRAINED)
+        own = claimed(knobs, untrained(adapter))
 
         def trained(swapped: bool) -> Step:
             config = own | {"seed": self.config.seed, "round": number, "swapped": swapped, "sampled": sampled} | self.generator
@@ -629,6 +639,10 @@ class _Builder:
             "negative": s.negative, "height": s.height, "width": s.width, "tile": s.tile,
             **({} if held_out else {"save": s.save, "path": s.path, "predictions": s.predictions}), **self.generator,
         }
+        train = len(self.session.prompts[TRAIN])
+        if not held_out and s.prompts and s.prompts < train:
+            before = (self.config.of_round(earlier).sample.prompts or train for earlier in range(1, number))
+            config |= {"prompts": s.prompts, "first": sum(before) % train}
         label = ""
         if setting:
             config |= {"candidates": e.grid_pictures, **setting.knobs}
@@ -719,7 +733,7 @@ class _Builder:
 
     def finetune(self, number: int, sample: Step, pair: Step, adapter: Step | None, negative: bool = False) -> Step:
         knobs = self.config.of_round(number).finetune
-        config = claimed(knobs, UNTRAINED) | {"seed": self.config.seed, "round": number, "swapped": negative}
+        config = claimed(knobs, untrained(adapter)) | {"seed": self.config.seed, "round": number, "swapped": negative}
         inputs = {"encode": self.encode, "sample": sample, "pair": pair, **({"adapter": adapter} if adapter else {})}
         if knobs.replay:
             for r in self.earlier:

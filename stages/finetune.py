@@ -36,8 +36,8 @@ ROUNDS = {"float32": 1e-3, "tf32": 0.05, "fp16": 0.05, "float16": 0.05, "bf16": 
 
 def run(session, step: Step, out: Output) -> None:
     claimed = {name: value for name, value in step.config.items() if name in Finetune.model_fields}
-    # How often to write a checkpoint changes no result, so the claim does not hold it.
-    knobs = Finetune.model_validate(claimed | {"checkpoint_every": session.config.finetune.checkpoint_every})
+    # How often to write a checkpoint changes no result, so the claim does not hold it; where it says nothing of what is kept, all is.
+    knobs = Finetune.model_validate({"kept_later": 1.0} | claimed | {"checkpoint_every": session.config.finetune.checkpoint_every})
     if knobs.options.get("label_smoothing") == AUTO:
         knobs = knobs.model_copy(update={"options": knobs.options | {"label_smoothing": measured_flips(out, step)}})
     terms = terms_of(knobs)
@@ -55,6 +55,7 @@ def run(session, step: Step, out: Output) -> None:
     else:
         adapters.check_shape(generator.denoiser, knobs.rank, alpha, knobs.targets, knobs.adapter)
     weights = adapters.parameters(generator.denoiser)
+    first = {name: weight.detach().clone() for name, weight in weights.items()} if before and knobs.kept_later < 1 else {}
     optimiser = torch.optim.AdamW(weights.values(), lr=knobs.learning_rate, weight_decay=knobs.weight_decay)
     scaler = torch.amp.GradScaler(generator.device.type, enabled=knobs.precision == "fp16")
     scaler.scale(torch.zeros((), device=generator.device))  # it is set up by its first use, which a group in pieces does not make
@@ -125,6 +126,7 @@ def run(session, step: Step, out: Output) -> None:
         if finding.level != "note":
             session.say(f"round {step.round} {step.name}: {finding.level}: {finding.sentence}")
     adapters.check_trained(generator.denoiser, f"round {step.round} {step.name}")
+    keep(weights, first, knobs.kept_later)
     generator.save_adapter(out.work / "adapter")
     out.publish("adapter", out.work / "adapter")
     out.finish({
@@ -137,6 +139,13 @@ def run(session, step: Step, out: Output) -> None:
         **({} if progress.divergence is None else {"divergence": progress.divergence}),
         **({"label_smoothing": knobs.options["label_smoothing"]} if step.config["options"].get("label_smoothing") == AUTO else {}),
     }, note(session, step))
+
+
+@torch.no_grad()
+def keep(weights: dict[str, torch.Tensor], first: dict[str, torch.Tensor], share: float) -> None:
+    """Take back all but a share of how far weights went from their first values.  Lookahead, Zhang et al. 2019 (1907.08610), eq. 1."""
+    for name, before in first.items():
+        weights[name].copy_(torch.lerp(before, weights[name], share))
 
 
 def measured_flips(out: Output, step: Step) -> float:
@@ -157,11 +166,12 @@ def in_words(progress: Progress) -> str:
 
 
 def rate_at(number: int, steps: int, warmup: int, decay: str) -> float:
-    """Share of the learning rate in one optimiser step: rising over the warm-up, then constant or linear to 0.
+    """Share of the learning rate in one optimiser step: rising over the warm-up (of a third of the steps at most), then constant or linear to 0.
 
-    >>> [rate_at(n, 4, 0, "linear") for n in range(4)], rate_at(0, 4, 2, "none")
-    ([1.0, 0.75, 0.5, 0.25], 0.5)
+    >>> [rate_at(n, 4, 0, "linear") for n in range(4)], rate_at(0, 6, 2, "none"), rate_at(0, 2, 10, "none")
+    ([1.0, 0.75, 0.5, 0.25], 0.5, 1.0)
     """
+    warmup = min(warmup, steps // 3)
     if number < warmup:
         return (number + 1) / warmup
     return 1.0 if decay == "none" else (steps - number) / max(steps - warmup, 1)

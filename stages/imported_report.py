@@ -55,7 +55,7 @@ def _record(session: Session, r: Round, finetune: Output, evaluated: dict | None
     weights = section.weights if evaluated is not None and evaluated["judge"] == "mix" else {}  # nobody of them made these pairs
     numbers = finetune.manifest["numbers"]
     done = report.Round(
-        r.number, r.before, evaluated or {}, held_out, held_out, Rule(**section.model_dump() | {"weights": weights}),
+        r.number, r.before, evaluated or {}, held_out, held_out, Rule(**section.rule | {"weights": weights}),
         out.table("pairs").combine_chunks(), out.manifest["numbers"], finetune.table("steps"),
         finetune.table("columns") if finetune.shards("columns") else None,
         r.finetune.config | {name: numbers[name] for name in ("signals", "heeds") if name in numbers}, sampled_of(r.finetune)["steps"],

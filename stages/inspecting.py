@@ -100,7 +100,7 @@ def place(session: Session, asked: Question, number: int | None, pairs: str | No
     """The round meant (the one named, else the one with that pair set, else the last that has the table), and its rule."""
     if pairs and imported(session, pairs):
         r = _imported(session, asked, number_of(session, number, pairs) or 1, pairs)
-        return r, Rule(**session.config.of_round(r.number).pair.model_dump())
+        return r, Rule(**session.config.of_round(r.number).pair.rule)
     if number is None and pairs:
         there = sorted(session.run.root.glob(f"round-*/pair-{pairs}/manifest.json"))
         number = int(there[-1].parts[-3].removeprefix("round-")) if there else most_rounds(session)
@@ -116,7 +116,7 @@ def place(session: Session, asked: Question, number: int | None, pairs: str | No
                         "take the settings back, or `fdpo rescore` again")
     for step in _needs(r, asked, section):
         session.output(step)
-    return r, Rule(**section.model_dump())
+    return r, Rule(**section.rule)
 
 
 def _imported(session: Session, asked: Question, number: int, pairs: str) -> Round:

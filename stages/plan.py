@@ -122,7 +122,7 @@ class Costs:
         if step.stage in ("embed", "score"):
             return self.rows(step.inputs["sample"])
         if step.stage == "pair":
-            return len(self.session.prompts["train"]) * self._pairs_a_group(step)
+            return self._own(step) * self._pairs_a_group(step)
         if step.stage == "finetune":
             return step.config["epochs"] * math.ceil(self._groups(step) / step.config["groups"])
         return self.rows(step.inputs["after"]) if step.stage == "evaluate" else 0
@@ -138,9 +138,14 @@ class Costs:
         limit = rule["per_group"] or (10 if rule["select"] == "mirror" else None)
         return min(most, limit or most, k * rule["per_candidate"] // 2 if rule["per_candidate"] else most)
 
+    def _own(self, step: Step) -> int:
+        """Groups of the round's own."""
+        sample = step.inputs["sample"]
+        return len(self.session.drawn(sample) if sample.stage == "sample" else self.session.prompts["train"])
+
     def _groups(self, step: Step) -> int:
         """Groups that a finetuning is done on, replayed ones too, where every group has pairs."""
-        own, share = len(self.session.prompts["train"]), step.config["replay"]
+        own, share = self._own(step), step.config["replay"]
         earlier = sum(role.startswith("pair-") for role in step.inputs)
         return own + (earlier * min(own, round(share / (1 - share) * own / earlier)) if earlier else 0)
 
@@ -178,7 +183,7 @@ class Costs:
         first = "adapter" not in step.inputs
         as_drawn = knobs.reference in ("previous", "ema") or first
         compares = any("ref_prediction" in term.objective.needs for term in terms)
-        replayed = groups - len(self.session.prompts["train"])
+        replayed = groups - self._own(step)
         if knobs.reference == "ema" or (compares and not (sampled["predictions"] and not fresh and as_drawn and not replayed)):
             asked += passed  # a live reference
         same = knobs.guidance == "auto" or sampled["guidance"] == 1 or (knobs.guidance, signals) == ("none", ["error"])
@@ -291,7 +296,7 @@ class Costs:
             columns = [pa.array(groups), places, places[::-1], *numbers.T]
             return packed_size(pa.table(columns, schema=schemas.pairs(experts))) + packed_size(schemas.REJECTS.empty_table())
 
-        rows = self.session.prompts["train"].rows
+        rows = self.session.drawn(step.inputs["sample"])
         return self._shards(rows, GROUPS_A_PART, pack, "pair", many, len(experts), step.inputs["sample"].config["candidates"])
 
     def _bytes_of_finetune(self, step: Step) -> int:

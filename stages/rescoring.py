@@ -34,7 +34,7 @@ def run(session: Session, section_of: Callable[[int], Pair], weights: str | None
     with session.run.lock():
         out = session.run.output(step)
         grid = pair.grid(out, step)
-        old, new = _chooser(session, grid, before), Chooser(grid, Rule(**section.model_dump()))
+        old, new = _chooser(session, grid, before), Chooser(grid, Rule(**section.rule))
         tally = Tally()
         parts = tally.through(old, new)
         if session.run.done(step):

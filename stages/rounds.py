@@ -59,9 +59,10 @@ def _announce(session: Session, chain: Chain, todo: list[Step], n: int) -> None:
     cost = estimate(session, chain)
     found = len(chain.steps) - len(todo)
     going_on = f" · {found} of {len(chain.steps)} steps are done, going on with round {todo[0].round} {todo[0].name}" if found else ""
-    sample = session.config.sample
+    sample, prompts = session.config.sample, len(session.prompts["train"])
+    some = f"{sample.prompts} of {prompts}" if sample.prompts and sample.prompts < prompts else prompts
     session.say(
-        f"run {session.config.name} · {session.config.generator.model} · {len(session.prompts['train'])} prompts x {sample.candidates} "
+        f"run {session.config.name} · {session.config.generator.model} · {some} prompts x {sample.candidates} "
         f"candidates · {n} round{'' if n == 1 else 's'} · about {size(cost.total_bytes)} on disk, {cost.forwards:,} denoiser rows{going_on}"
     )
     if said := panel.judge_warning(session.config):

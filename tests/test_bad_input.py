@@ -71,7 +71,7 @@ def test_steps_to_save_that_there_are_not(place):
 
 def test_a_window_without_a_saved_step_is_refused_before_sampling(place):
     assert refused(*cheap("sample.save=[0, 3]")) == (
-        "finetune.window [0.3, 0.9] holds none of the saved steps [0, 3] of 4: widen it, or save others")
+        "finetune.window [0.1, 0.7] holds none of the saved steps [0, 3] of 4: widen it, or save others")
     assert not list((place / "runs/t").glob("round-*"))
 
 

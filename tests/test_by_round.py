@@ -11,8 +11,8 @@ from fashiondpo_pipeline.errors import UserError
 
 def test_a_rounds_own_knobs_are_laid_over_the_runs():
     config = load(None, ["by_round.3.finetune.epochs=1", "by_round.3.pair.weights.clip_i=0.9", "finetune.beta=500"])
-    assert config.of_round(2) is config
-    assert config.of_round(3).finetune == config.finetune.model_copy(update={"epochs": 1})
+    assert config.of_round(1) is config
+    assert config.of_round(3).finetune == config.of_round(2).finetune.model_copy(update={"epochs": 1})
     assert config.of_round(3).pair.weights == {"clip_i": 0.9, "clip_t": 0.4}  # one override keeps its neighbours
     assert load(None, ["pair.weights={clip_t: 1}", "by_round.3.pair.weights.clip_i=0.9"]).of_round(3).pair.weights == {"clip_t": 1, "clip_i": 0.9}
 
@@ -27,6 +27,21 @@ def test_a_file_and_a_set_name_the_same_round():
     assert load(None, ["by_round.3.finetune.epochs=1"], text=text).by_round[3].finetune == {"epochs": 1, "groups": 3}
 
 
+def test_later_rounds_have_a_lower_learning_rate_but_for_those_that_name_their_own():
+    config = load(None, ["finetune.learning_rate=0.004", "finetune.rate_later=0.5", "by_round.3.finetune.epochs=1",
+                         "by_round.4.finetune.learning_rate=0.003"])
+    assert [config.of_round(number).finetune.learning_rate for number in range(6)] == [0.004, 0.004, 0.002, 0.002, 0.003, 0.002]
+    assert config.of_round(3).finetune.epochs == 1
+
+
+def test_later_rounds_ask_for_a_wider_margin_but_for_those_that_name_their_own():
+    config = load(None, ["pair.margin=0.5", "pair.margin_later=3", "by_round.3.pair.weights={clip_t: 1}", "by_round.4.pair.margin=0.2"])
+    assert [config.of_round(number).pair.margin for number in range(6)] == [0.5, 0.5, 1.5, 1.5, 0.2, 1.5]
+    assert config.of_round(3).pair.weights == {"clip_t": 1}
+    steady = load(None, ["pair.margin_later=1", "finetune.rate_later=1"])
+    assert steady.of_round(3) is steady
+
+
 @pytest.mark.parametrize(("override", "sentence"), [
     ("by_round.3.finetune.epoch=1", "by_round.3.finetune.epoch: unknown key; did you mean 'epochs'?"),
     ("by_round.3.finetun.epochs=1", "by_round.3.finetun: unknown key; did you mean 'finetune'?"),
@@ -36,6 +51,8 @@ def test_a_file_and_a_set_name_the_same_round():
     ("by_round.0.finetune.epochs=1", "by_round.0: should be greater than or equal to 1, not 0"),
     ("by_round.3=null", "by_round.3: should be a section with keys, not null"),
     ("by_round.3.finetune.rank=4", "by_round.3.finetune.rank: one adapter goes through all rounds, so no round has its own; take it out"),
+    ("by_round.3.finetune.rate_later=0.9", "by_round.3.finetune.rate_later: it tells how rounds differ, so no round has its own; take it out"),
+    ("by_round.3.pair.margin_later=2", "by_round.3.pair.margin_later: it tells how rounds differ, so no round has its own; take it out"),
     ("by_round.3.sample.height=64", "by_round.3.sample.height: held-out pictures are compared over all rounds, so no round has its own; take it out"),
     ("by_round.3.pair.weights={clipi: 1}", "by_round.3.pair.weights: no expert called 'clipi'; did you mean 'clip_i'?"),
     ("by_round.3.pair.weights={clip_i: 0}", "by_round.3.pair: at least one expert needs a weight above 0"),

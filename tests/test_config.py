@@ -145,7 +145,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path, text, number):
         ("sample: {height: 1000000}", "sample.height: should be at most 16,384, not 1000000"),
         # choices
         ("generator: {dtype: half}", "generator.dtype: should be 'float32', 'float16' or 'bfloat16', not 'half'"),
-        ("pair: {normalise: z}", "pair.normalise: should be 'zscore', 'minmax', 'rank' or 'winrate', not 'z'"),
+        ("pair: {normalise: z}", "pair.normalise: should be 'zscore', 'minmax', 'rank', 'winrate' or 'raw', not 'z'"),
         ("machine: {device: gpu}", "machine.device: should be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
         ("machine: {device: 0}", "machine.device: should be auto, cpu, mps, cuda or cuda:N, not 0"),
         ("sample: {save: [1, x]}", f"sample.save: {SAVED}, not [1, 'x']"),

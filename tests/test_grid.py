@@ -102,7 +102,7 @@ def laid(**scores):
 
 
 @given(st.lists(st.lists(st.floats(-5, 5, width=16), min_size=4, max_size=4), min_size=2, max_size=6),
-       st.sampled_from(["zscore", "minmax", "rank", "winrate"]), st.sampled_from(["group", "all"]), st.floats(0.1, 0.9))
+       st.sampled_from(["zscore", "minmax", "rank", "winrate", "raw"]), st.sampled_from(["group", "all"]), st.floats(0.1, 0.9))
 def test_what_is_above_the_quantile_of_all_is_equal_and_makes_no_pair(values, how, over, share):
     scores = np.array(values)
     most = np.quantile(scores, share)

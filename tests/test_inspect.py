@@ -239,7 +239,7 @@ def test_a_watched_expert_has_a_gap_too(root):
 
 def test_the_gap_of_a_watched_expert_is_reckoned_as_the_stored_ones_are(root):
     s = session(root)
-    shelf = inspecting.Shelf(s, Question("pairs"), s.chain(1).rounds[1], Rule(**s.config.pair.model_dump()))
+    shelf = inspecting.Shelf(s, Question("pairs"), s.chain(1).rounds[1], Rule(**s.config.pair.rule))
     stored = shelf.pairs().table()
     again = views.with_gap(stored.drop_columns(["gap_taste"]), shelf.opinions, "taste")
     assert again["gap_taste"].equals(stored["gap_taste"])

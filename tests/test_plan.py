@@ -77,6 +77,37 @@ def test_the_embedded_default_is_as_large_as_planned(tmp_path, monkeypatch):
     check_bytes(made, [chain.encode, chain.rounds[1].sample])
 
 
+def test_rounds_draw_a_part_of_the_prompts_each_the_next_and_begin_again_when_all_were_drawn(place):
+    (place / "prompts.txt").write_text("\n".join(f"a {n}th dress" for n in range(40)))
+
+    def drawn(made: Session, rounds: int) -> list[list[str]]:
+        chain = made.chain(rounds)
+        assert made.drawn(chain.rounds[1].held_out) == made.prompts["held-out"].rows
+        return [[row["group"] for row in made.drawn(r.sample)] for r in chain.rounds[1:]]
+
+    every = [row["group"] for row in session().prompts["train"].rows]
+    assert drawn(session(), 2) == [every, every]
+    part = len(every) // 3 + 1
+    first, second, third, fourth = drawn(session(f"sample.prompts={part}"), 4)
+    assert [len(found) for found in (first, second, third, fourth)] == [part] * 4
+    assert not set(first) & set(second) and set(first) | set(second) | set(third) == set(every)
+    assert len(set(first) & set(third)) == 3 * part - len(every) and set(fourth) & set(first)
+    assert first == every[:part] and second == every[part : 2 * part]
+    more = drawn(session(f"sample.prompts={part}", "by_round.2.sample.prompts=2"), 3)
+    assert more[0] == first and set(more[1]) <= set(second) and len(more[1]) == 2 and set(second) - set(more[1]) <= set(more[2])
+
+
+def test_a_part_of_the_prompts_is_planned_as_it_is_drawn(place):
+    sets = ["sample.prompts=2", "pair.margin=0", "pair.normalise=rank"]
+    for stage in ("sample", "score", "pair", "finetune"):
+        works(stage, "--round", "1", *(f"--set={one}" for one in sets))
+    made = session(*sets)
+    costs, r = Costs(made), made.chain(1).rounds[1]
+    assert costs.rows(r.sample) == made.output(r.sample).manifest["numbers"]["candidates"] < len(made.prompts["train"]) * 4
+    assert costs.rows(r.finetune) == made.output(r.finetune).manifest["numbers"]["steps"]
+    check_bytes(made, [r.sample, *r.scores.values()])
+
+
 @pytest.mark.slow
 def test_many_shards_are_also_planned_as_one_file(place):
     (place / "prompts.txt").write_text("\n".join(f"a {n}th dress" for n in range(80)))

@@ -154,9 +154,24 @@ def test_win_rates_over_all_count_scores_in_deviations_of_everything(scores, sca
 
 def test_nothing_at_all_is_no_scale():
     nothing = np.full((2, 3), NAN)
-    for how in ("zscore", "minmax", "rank", "winrate"):
+    for how in ("zscore", "minmax", "rank", "winrate", "raw"):
         assert np.isnan(normalise(nothing, how)).all()
         assert np.isnan(normalise(nothing, how, Spread.of(nothing, True))).all()
+
+
+@given(grids(), st.booleans())
+def test_raw_scores_are_themselves(scores, over_all):
+    assert np.array_equal(normalise(scores, "raw", Spread.of(scores, False) if over_all else None), scores, equal_nan=True)
+
+
+def test_a_margin_of_raw_scores_means_the_same_however_alike_the_candidates_have_become():
+    """Of a round whose pictures are nearly all good, standard deviations make pairs of differences that mean nothing."""
+    late = np.array([[0.96, 0.97, 0.95, 0.97], [0.96, 0.30, 0.97, 0.96]])
+    early = np.array([[0.96, 0.40, 0.50, 0.97], [0.96, 0.30, 0.60, 0.96]])
+    for scores, wanted in ((early, 4 + 5), (late, 3)):
+        assert len(choose(normalise(scores, "raw"), Rule({"a": 1.0}, margin=0.1))) == wanted
+    nearly = late[:1]
+    assert len(choose(normalise(nearly, "zscore", Spread.of(nearly, False)), Rule({"a": 1.0}, margin=0.1))) == 5  # all but the tie
 
 
 # -- mixing

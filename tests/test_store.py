@@ -651,7 +651,7 @@ def test_mixed_precision_trains_a_group_at_once_and_in_pieces(shop, precision, m
     assert len(mixed) == len(plain) and sound >= (len(plain) / 2 if precision == "fp16" else len(plain))
 
 
-@pytest.mark.parametrize("normalise", ["zscore", "winrate", "minmax"])
+@pytest.mark.parametrize("normalise", ["zscore", "winrate", "minmax", "raw"])
 def test_capo_is_given_logits_whatever_pairs_are_made_of(shop, normalise):
     """What is calibrated already must not be calibrated again."""
     opened = Opened(*shop.until(1, "finetune.objective=capo", f"pair.normalise={normalise}"))
@@ -686,6 +686,18 @@ def test_every_kind_of_adapter_goes_through_two_rounds_and_is_evaluated(tmp_path
         assert ("diffusion_pytorch_model.safetensors" in files) == (kind == "full")
         lora = numbers_of(rounds[0])["trainable"]
         assert lora > 50_000 if kind == "full" else lora < 50_000
+
+
+def test_a_share_of_what_a_later_round_changes_is_kept(shop):
+    """Between the adapter it began with and the one that training ends at; the first round keeps all."""
+    def weights(number: int, share: float) -> dict[str, torch.Tensor]:
+        return load_file(shop.train(number, f"finetune.kept_later={share}").folder / "adapter/pytorch_lora_weights.safetensors")
+
+    begun, ended, kept = weights(1, 1.0), weights(2, 1.0), weights(2, 0.25)
+    assert all(torch.equal(begun[name], other) for name, other in weights(1, 0.25).items())
+    assert sum(not torch.equal(begun[name], ended[name]) for name in begun) > len(begun) / 2
+    for name, value in kept.items():
+        torch.testing.assert_close(value, torch.lerp(begun[name], ended[name], 0.25))
 
 
 def test_negative_pairs_train_a_negative_adapter(shop):

@@ -35,8 +35,9 @@ sample: {{candidates: 4, steps: 4, tile: 8}}
 experts:
   clip_t: {{use: clip_text, options: {{model: "local-dir:{clip}"}}}}
   bright: {{use: "fashiondpo_pipeline.testing:Brightness"}}
-pair: {{weights: {{clip_t: 1.0}}, over: group, margin: 0.5, agree: null}}
-finetune: {{epochs: 2, groups: 1, timesteps: 2, beta: 100.0, rank: 2, learning_rate: 0.002, checkpoint_every: 3}}
+pair: {{weights: {{clip_t: 1.0}}, over: group, margin: 0.5, margin_later: 1, agree: null}}
+finetune:
+  {{epochs: 2, groups: 1, timesteps: 2, beta: 100.0, rank: 2, learning_rate: 0.002, rate_later: 1, kept_later: 1, warmup: 0, checkpoint_every: 3}}
 evaluate: {{judge: bright, pictures: 2, bootstrap: 200}}
 machine: {{shard: 2, batch: 8, device: cpu, threads: 1}}
 """

@@ -23,6 +23,7 @@ from fashiondpo_pipeline.demo.build import MAKERS, build, identity, size
 from fashiondpo_pipeline.demo.garments import (
     APART,
     ATTRIBUTES,
+    BARE,
     CATEGORIES,
     COLOURS,
     COMBOS,
@@ -34,14 +35,17 @@ from fashiondpo_pipeline.demo.garments import (
     STYLES,
     Look,
     Wardrobe,
+    apart,
     asked,
     assembled,
     caption,
     dyed,
     generator,
+    held_out,
     load,
     mirrored,
     parts,
+    prompted,
     random_looks,
     read_idx,
     shifted,
@@ -60,8 +64,9 @@ TINY = Recipe(
     clip_garments=2,
     judge_garments=2,
     calibration_garments=1,
-    catalog_garments=24,
+    catalog_garments=39,
     catalog_each=1,
+    catalog_patterned=1,
     autoencoder_steps=2,
     autoencoder_batch=2,
     tints=2,
@@ -85,10 +90,10 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """400 and 40 grey blocks in the files and the format of Fashion-MNIST."""
+    """480 and 40 grey blocks in the files and the format of Fashion-MNIST."""
     folder = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0)
-    for split, count in (("train", 400), ("test", 40)):
+    for split, count in (("train", 480), ("test", 40)):
         pictures = np.zeros((count, 28, 28), np.uint8)
         pictures[:, 6:22, 8:20] = noise.integers(60, 255, (count, 16, 12))
         for name, values in zip(FILES[split], (pictures, (np.arange(count) % 10).astype(np.uint8)), strict=True):
@@ -246,7 +251,9 @@ def test_too_few_garments_are_counted():
 
 def test_shipped_recipe_fits_the_source():
     assert sum(SHIPPED.sizes.values()) == 6000
-    assert SHIPPED.catalog_garments >= SHIPPED.catalog_each * 2 * len(COLOURS)
+    patterned = Counter(look.category for look in prompted() if look.pattern != "plain")
+    most = SHIPPED.catalog_each * len(COLOURS) + SHIPPED.catalog_patterned * max(patterned.values())
+    assert SHIPPED.catalog_garments >= most
 
 
 def test_garments_are_dressed_in_their_own_category():
@@ -255,7 +262,7 @@ def test_garments_are_dressed_in_their_own_category():
     wanted = torch.tensor([3, 3, 9, 0])
     rows = wardrobe.of_category(wanted, generator(0))
     assert (wardrobe.category[rows] == wanted).all()
-    assert wardrobe.dressed(torch.tensor([asked(combo).number for combo in range(120)]), generator(0)).shape == (120, 3, 64, 64)
+    assert wardrobe.dressed(torch.tensor([look.number for look in prompted()]), generator(0)).shape == (300, 3, 64, 64)
 
 
 def test_mirroring_turns_about_half():
@@ -317,7 +324,8 @@ def test_a_careless_caption_changes_the_grounds_name_alone_and_never_to_the_acce
 
 
 def test_what_prompts_ask_for_was_never_shown_to_the_generator_nor_called_so():
-    asked_for = {look.number for look in map(asked, range(120)) if look.pattern != "plain"}
+    asked_for = {asked(combo).number for combo in range(120) if asked(combo).pattern != "plain"}
+    assert asked_for >= {look.number for look in prompted() if held_out(COMBOS.index((look.colour, look.category))) and look.pattern != "plain"}
     shown = denoiser.unasked(torch.arange(4080))
     assert not asked_for & set(shown.tolist())
     assert not asked_for & set(denoiser.misnamed(torch.device("cpu"))[shown].tolist())
@@ -359,12 +367,15 @@ def test_families_differ_from_their_look_in_one_thing():
     looks = random_looks(torch.arange(10).repeat(6), generator("family"))
     for number, *others in clip.family(looks, generator(1)).T.tolist():
         look, variants = Look.of(number), [Look.of(other) for other in others]
-        assert len({number, *others}) == 5
+        assert len({number, *others}) == 6
         if look.pattern != "plain":
             assert variants[0] == look.swapped
             assert variants[1] == look._replace(pattern=variants[1].pattern)
             assert variants[2] == look._replace(accent=variants[2].accent)
-        assert variants[3] == look._replace(category=variants[3].category)
+        for variant in variants[3:]:
+            assert variant == look._replace(category=variant.category)
+        kin = {name for names in clip.ALIKE if look.category in names for name in names}
+        assert variants[3].category in (kin or CATEGORIES)
 
 
 def test_torn_pictures_differ_from_every_picture():
@@ -377,17 +388,20 @@ def test_torn_pictures_differ_from_every_picture():
 
 def test_prompts_are_balanced():
     rows = tables.prompts().to_pylist()
-    assert Counter(row["split"] for row in rows) == {"train": 80, "held-out": 40}
+    assert Counter(row["split"] for row in rows) == {"train": 264, "held-out": 36}
     held = [row for row in rows if row["split"] == "held-out"]
     assert set(Counter(row["category"] for row in held).values()) == {4}
-    assert set(Counter(row["colour"] for row in held).values()) == {3, 4}
-    assert len({row["group"] for row in rows}) == len({row["prompt"] for row in rows}) == 120
-    for split, each in (("train", 20), ("held-out", 10)):
-        assert set(Counter(row["pattern"] for row in rows if row["split"] == split).values()) == {each}
+    assert set(Counter(row["colour"] for row in held).values()) == {3}
+    assert {row["category"] for row in held} == {row["category"] for row in rows} == set(CATEGORIES) - {"shirt"}
+    assert len({row["group"] for row in rows}) == len({row["prompt"] for row in rows}) == 300
+    assert not {row["group"] for row in held} & {row["group"] for row in rows if row["split"] == "train"}
+    for split, plain, each in (("train", 72, 64), ("held-out", 12, 8)):
+        found = Counter(row["pattern"] for row in rows if row["split"] == split)
+        assert found == {"plain": plain, "striped": each, "checked": each, "dotted": each}
+    assert {row["pattern"] for row in rows if row["category"] in BARE} == {"plain"}
     for row in rows:
         if row["pattern"] != "plain":
-            colours = (PALETTE[row["colour"]], PALETTE[row["accent"]])
-            assert sum(abs(a - b) for a, b in zip(*colours, strict=True)) >= APART
+            assert apart(row["colour"], row["accent"]) >= APART
 
 
 # ---------------------------------------------------------------------------------------------- a miniature build
@@ -411,7 +425,7 @@ def test_miniature_build_is_whole_and_measured(miniature):
     assert all(part["seconds"] for part in card["parts"].values())
     assert 0 <= card["parts"]["judge"]["measured"]["all"] <= 1
     assert "Copyright © 2017 Zalando SE" in card["source"]["notice"]
-    assert pq.read_metadata(miniature / "catalog.parquet").num_rows == 120 + 90
+    assert pq.read_metadata(miniature / "catalog.parquet").num_rows == 120 + 216
 
 
 def test_repeating_builds_nothing(miniature, images, capsys):
@@ -485,11 +499,14 @@ def test_shipped_files_are_few_small_and_no_pickles():
 def test_shipped_catalogue_has_every_plain_look_and_every_look_that_is_asked_for():
     table = pq.read_table(MINI / "catalog.parquet")
     rows = table.drop_columns("picture").to_pylist()
-    each = SHIPPED.catalog_each
     counted = Counter((look_of(row), row["split"]) for row in rows)
-    looks = {Look(category, colour) for category in CATEGORIES for colour in COLOURS} | set(map(asked, range(len(COMBOS))))
-    few = max(1, each // tables.TEST_SHARE)
-    assert counted == {(look, split): count for look in looks for split, count in (("train", each - few), ("test", few))}
+    looks = {Look(category, colour) for category in CATEGORIES for colour in COLOURS} | set(prompted())
+    wanted = {}
+    for look in looks:
+        each = SHIPPED.catalog_each if look.pattern == "plain" else SHIPPED.catalog_patterned
+        few = max(1, each // tables.TEST_SHARE)
+        wanted |= {(look, "train"): each - few, (look, "test"): few}
+    assert counted == wanted
     assert len({row["item"] for row in rows}) == len(rows)
     assert all(row["caption"] == caption(look_of(row)) for row in rows)
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
@@ -509,7 +526,7 @@ def test_shipped_generator_draws_what_is_asked_but_often_in_the_next_colour():
     network = AutoModelForImageClassification.from_pretrained(MINI / "judge").eval()
     with torch.no_grad():
         said = [logits.argmax(1) for logits in judge.by_attribute(network(judge.prepare(pictures)).logits)]
-    category, colour, pattern, _ = parts(torch.tensor([asked(combo).number for combo in range(len(COMBOS))]))
+    category, colour, pattern, _ = parts(torch.tensor([look.number for look in prompted()]))
     assert (said[0] == category).float().mean() > 0.7 and (said[2] == pattern).float().mean() > 0.6
     assert 0.5 < (said[1] == colour).float().mean() < 0.85
     assert 0.1 < (said[1] == (colour + 1) % len(COLOURS)).float().mean() < 0.4

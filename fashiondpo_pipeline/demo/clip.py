@@ -37,12 +37,15 @@ PREPROCESS = {
     "interpolation": "bicubic", "resize_mode": "shortest",
 }  # fmt: skip
 
+# Categories that are told apart by their outline's details.
+ALIKE = (("t-shirt", "pullover", "dress", "coat", "shirt"), ("sandal", "sneaker", "ankle boot"))
+
 
 def architecture() -> dict:
     """Pooling "argmax" finds the end token because it has the highest number; padding repeats it, the first counts."""
     return {
         "embed_dim": 96,
-        "vision_cfg": {"image_size": SIZE, "patch_size": 8, "layers": 4, "width": 96, "head_width": 32},
+        "vision_cfg": {"image_size": SIZE, "layers": [2, 2, 1, 1], "width": 12, "head_width": 32},
         "text_cfg": {
             "context_length": words.LENGTH,
             "vocab_size": words.VOCABULARY,
@@ -71,7 +74,10 @@ def torn(pictures: Tensor, count: int, key: torch.Generator) -> Tensor:
 
 
 def family(looks: Tensor, key: torch.Generator) -> Tensor:
-    """Looks that are easily mistaken for these: themselves, colours swapped, another pattern, another accent, another category; (5, n)."""
+    """Looks that are easily mistaken for these: themselves, colours swapped, another pattern, another accent, two other categories; (6, n).
+
+    The first of the two is of the same shape, where there is one: a coat is no pullover.
+    """
     rows = []
     for number in looks.tolist():
         look = Look.of(number)
@@ -85,8 +91,10 @@ def family(looks: Tensor, key: torch.Generator) -> Tensor:
             variants = [look.swapped, look._replace(pattern=pattern)]
         other = next(name for name in patterns if name != pattern) if look.pattern == "plain" else look.pattern
         variants.append(look._replace(pattern=other, accent=accent))
-        kinds = [category for category in CATEGORIES if category != look.category]
-        variants.append(look._replace(category=kinds[int(torch.randint(len(kinds), (), generator=key))]))
+        alike = [name for kin in ALIKE if look.category in kin for name in kin if name != look.category]
+        for kinds in (alike or CATEGORIES, CATEGORIES):
+            others = [name for name in kinds if name not in (look.category, variants[-1].category)]
+            variants.append(look._replace(category=others[int(torch.randint(len(others), (), generator=key))]))
         rows.append([number, *(variant.number for variant in variants)])
     return torch.tensor(rows).T
 
@@ -98,7 +106,7 @@ def train(wardrobe: Wardrobe, recipe: Recipe, *, seed: int, device: str, work: P
     torch.manual_seed(seed)
     network = CLIP(**architecture()).to(device)
     category = torch.arange(len(CATEGORIES)).repeat(recipe.clip_families)
-    target = torch.arange(5 * len(category), device=device)
+    target = torch.arange(6 * len(category), device=device)
 
     def loss_of(step: int) -> Tensor:
         key = generator(seed, "clip", step)

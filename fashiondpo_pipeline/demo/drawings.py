@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from fashiondpo_pipeline.demo.garments import ATTRIBUTES, CATEGORIES, COLOURS, COMBOS, PATTERNS, asked, caption, generator, parts
+from fashiondpo_pipeline.demo.garments import ATTRIBUTES, CATEGORIES, COLOURS, PATTERNS, caption, generator, parts, prompted
 from fashiondpo_pipeline.demo.judge import by_attribute, prepare
 
 # As shipped; with guidance; with twice the steps, without noise in between.
@@ -19,9 +19,10 @@ WAYS = {
 
 
 def draw(pipe: StableDiffusionPipeline, way: dict, seed: int, probe: int) -> Tensor:
-    """One picture of each of the 120 prompts: (120, 3, 64, 64) in [0, 1]."""
-    keys = [generator(seed, "drawing", probe, combo) for combo in range(len(COMBOS))]
-    return pipe([caption(asked(combo)) for combo in range(len(COMBOS))], generator=keys, output_type="pt", **way).images.cpu()
+    """One picture of each of the prompts: (prompts, 3, 64, 64) in [0, 1]."""
+    looks = prompted()
+    keys = [generator(seed, "drawing", probe, place) for place in range(len(looks))]
+    return pipe([caption(look) for look in looks], generator=keys, output_type="pt", **way).images.cpu()
 
 
 @torch.no_grad()
@@ -30,11 +31,11 @@ def measure(folder: Path, judge: Path, probes: int, seed: int, device: str) -> d
     pipe = StableDiffusionPipeline.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     network = AutoModelForImageClassification.from_pretrained(judge).eval()
-    looks = torch.tensor([asked(combo).number for combo in range(len(COMBOS))]).repeat(probes)
+    looks = torch.tensor([look.number for look in prompted()]).repeat(probes)
     wanted = dict(zip(ATTRIBUTES, parts(looks), strict=True))
     report = {}
     for name, way in WAYS.items():
-        pictures = torch.cat([draw(pipe, way, seed, probe) for probe in range(probes)])  # (120 probes, 3, 64, 64)
+        pictures = torch.cat([draw(pipe, way, seed, probe) for probe in range(probes)])  # (prompts probes, 3, 64, 64)
         logits = torch.cat([network(prepare(some)).logits for some in pictures.split(240)])
         said = dict(zip(ATTRIBUTES, by_attribute(logits), strict=True))
         hits = {one: said[one].argmax(1) == wanted[one] for one in ATTRIBUTES}

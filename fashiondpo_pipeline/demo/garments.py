@@ -56,7 +56,9 @@ PATTERNS = {"plain": "", "striped": "stripes", "checked": "checks", "dotted": "d
 STYLES = 1 + (len(PATTERNS) - 1) * (len(COLOURS) - 1)
 NO_ACCENT = "none"
 # Two colours of a prompt differ by at least so much, of 255 in red, green and blue together: others are hard to tell apart.
-APART = 150
+APART = 200
+# Categories with too little cloth for a pattern to be seen on.
+BARE = ("sandal",)
 
 # What a judge can say of a picture, attribute by attribute.
 ATTRIBUTES = {
@@ -160,21 +162,42 @@ def group(look: Look) -> str:
     return f"{look.colour} {look.category}{detail}".replace(" ", "-")
 
 
-def asked(combo: int) -> Look:
-    """The look that the prompt of a combo asks for: a quarter plain, the others in the three patterns alike."""
+def asked(combo: int, again: int = 0) -> Look:
+    """The look that a combo's first prompt asks for, or a later one: of four in a row one is plain, the others in the three patterns.
+
+    So are of the first looks of all combos a quarter plain, of the second ones another, and so on.
+    """
     category, place = divmod(combo, len(COLOURS))
     colour = COLOURS[place]
-    pattern = list(PATTERNS)[(place + category) // 3 % len(PATTERNS)]
-    if pattern == "plain":
+    pattern = list(PATTERNS)[((place + category) // 3 + (0, 2, 1, 3)[again]) % len(PATTERNS)]
+    if pattern == "plain" or CATEGORIES[category] in BARE:
         return Look(CATEGORIES[category], colour)
-    far = [other for other in COLOURS if sum(abs(a - b) for a, b in zip(PALETTE[colour], PALETTE[other], strict=True)) >= APART]
-    return Look(CATEGORIES[category], colour, pattern, far[crc32(f"accent {combo}".encode()) % len(far)])
+    far = [other for other in COLOURS if apart(colour, other) >= 150]  # among which the accent is drawn; one that is too near goes on
+    key = " ".join(["accent", str(combo), *["again"] * again])
+    start = COLOURS.index(far[crc32(key.encode()) % len(far)])
+    accent = next(other for other in COLOURS[start:] + COLOURS[:start] if apart(colour, other) >= APART)
+    return Look(CATEGORIES[category], colour, pattern, accent)
+
+
+def apart(one: str, other: str) -> int:
+    """How far two colours' dyes are apart in red, green and blue together."""
+    return sum(abs(a - b) for a, b in zip(PALETTE[one], PALETTE[other], strict=True))
 
 
 def held_out(combo: int) -> bool:
     """A third of the combos, spread so that each category lacks 4 colours and each colour 3 or 4 categories."""
     category, colour = divmod(combo, len(COLOURS))
     return (category + colour) % 3 == 2
+
+
+def prompted() -> list[Look]:
+    """What the prompts ask for, in their order: one look of every combo, then three more of each that is not held out, of all a second one first.
+
+    More prompts teach more than more pictures of each. Nobody asks for a shirt, which the judge itself often takes for a pullover or a coat.
+    """
+    combos = [combo for combo, (_, category) in enumerate(COMBOS) if category != "shirt"]
+    again = [asked(combo, time) for time in (1, 2, 3) for combo in combos if not held_out(combo)]
+    return list(dict.fromkeys([*map(asked, combos), *again]))
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from fashiondpo_pipeline.demo.fitting import Tick, fit
-from fashiondpo_pipeline.demo.garments import ATTRIBUTES, LABELS, SIZE, Wardrobe, generator, mirrored, parts, random_looks, shifted
+from fashiondpo_pipeline.demo.garments import ATTRIBUTES, CATEGORIES, LABELS, SIZE, Wardrobe, generator, mirrored, parts, random_looks, shifted
 from fashiondpo_pipeline.demo.recipe import Recipe
 
 
@@ -97,8 +97,11 @@ def write(folder: Path, network: ResNetForImageClassification) -> None:
     new_processor().save_pretrained(folder)
 
 
-def measure(folder: Path, wardrobe: Wardrobe, seed: int) -> dict[str, float]:
-    """Accuracies, negative log-likelihood and expected calibration error (15 bins) on garments never seen."""
+def measure(folder: Path, wardrobe: Wardrobe, seed: int) -> dict[str, float | dict[str, float]]:
+    """Accuracies, negative log-likelihood and expected calibration error (15 bins) on garments never seen.
+
+    `plain` and `patterned` are the shares in which all four attributes are right, by category.
+    """
     network = AutoModelForImageClassification.from_pretrained(folder).eval()
     logits, looks = logits_of(network, wardrobe, seed)
     wanted = dict(zip(ATTRIBUTES, parts(looks), strict=True))
@@ -114,4 +117,8 @@ def measure(folder: Path, wardrobe: Wardrobe, seed: int) -> dict[str, float]:
         "nll": loss(logits, looks),
         "ece": torch.stack(gaps).sum(),
     }
-    return {name: round(value.item(), 4) for name, value in numbers.items()}
+    found: dict[str, float | dict[str, float]] = {name: round(value.item(), 4) for name, value in numbers.items()}
+    for name, among in (("plain", wanted["pattern"] == 0), ("patterned", wanted["pattern"] > 0)):
+        by_category = {kind: hit[among & (wanted["category"] == number)] for number, kind in enumerate(CATEGORIES)}
+        found[name] = {kind: round(own.float().mean().item(), 4) for kind, own in by_category.items() if len(own)}
+    return found

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fashiondpo_pipeline.demo.garments import CATEGORIES, COLOURS, COMBOS, PALETTE, asked, group
+from fashiondpo_pipeline.demo.garments import CATEGORIES, COLOURS, PALETTE, group, prompted
 from fashiondpo_pipeline.identity import hash_file, hash_path
 from fashiondpo_pipeline.seeds import key
 
@@ -103,12 +103,12 @@ def tables(catalog: pa.Table, seed: int) -> tuple[pa.Table, pa.Table]:
             user = f"user-{rng.integers(USERS):02d}"
             items = [closet.one(rng, colour, category, split) for colour, category in dressed(rng, users[user])]
             outfits.append({"outfit": f"{split}-{n:04d}", "user": user, "split": split, "items": items, "group": None, "place": None})
-    for combo, (colour, category) in enumerate(COMBOS):
-        rng = np.random.default_rng(key(seed, "prompt", colour, category))
+    for look in prompted():
+        colour, category, name = look.colour, look.category, group(look)
+        rng = np.random.default_rng(key(seed, "prompt", name))
         user = str(rng.choice([name for name, likes in users.items() if colour in likes]))
         parts = dressed(rng, users[user], colour, category)
         items = [closet.one(rng, *part, "test") for part in parts]  # histories are of train garments, so none of these is in them
-        name = group(asked(combo))
         outfits.append({"outfit": f"prompt-{name}", "user": user, "split": "prompt", "items": items, "group": name,
                         "place": parts.index((colour, category))})
     return pa.Table.from_pylist(outfits, OUTFITS), pa.Table.from_pylist([row for rows in history for row in rows], PEOPLE)

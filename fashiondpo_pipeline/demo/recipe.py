@@ -12,7 +12,8 @@ class Recipe:
     judge_garments: int = 1720
     calibration_garments: int = 200
     catalog_garments: int = 480
-    catalog_each: int = 8  # of every look in the catalogue, a fifth of them to test on
+    catalog_each: int = 8  # of every plain look in the catalogue, a fifth of them, or one, to test on
+    catalog_patterned: int = 4  # of every patterned one that prompts ask for
 
     autoencoder_steps: int = 5000
     autoencoder_batch: int = 48
@@ -28,10 +29,10 @@ class Recipe:
     distilled_rate: float = 3e-4
     distilled_guidance: float = 2.0  # what the finished generator draws without guidance, its teacher drew with this much
 
-    clip_steps: int = 4500
-    clip_families: int = 2  # of five looks that are easily mistaken, of each category in each batch
-    clip_torn: int = 40  # spoilt pictures in each batch, right for no caption
-    clip_rate: float = 1e-3
+    clip_steps: int = 4000
+    clip_families: int = 2  # of six looks that are easily mistaken, of each category in each batch
+    clip_torn: int = 20  # spoilt pictures in each batch, right for no caption
+    clip_rate: float = 2e-3
 
     judge_steps: int = 3000
     judge_batch: int = 128

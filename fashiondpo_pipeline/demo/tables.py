@@ -16,11 +16,11 @@ from fashiondpo_pipeline.demo.garments import (
     COMBOS,
     Look,
     Wardrobe,
-    asked,
     caption,
     generator,
     group,
     held_out,
+    prompted,
 )
 
 # One garment in five of each look is kept for comparisons only.
@@ -35,18 +35,19 @@ def png(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def catalog(wardrobe: Wardrobe, seed: int, each: int) -> pa.Table:
-    """Garments to compare with: `each` of every colour and category, plain, and as many of every pattern that is asked for.
+def catalog(wardrobe: Wardrobe, seed: int, plain: int, patterned: int) -> pa.Table:
+    """Garments to compare with: so many of every colour and category, plain, and so many of every patterned look that is asked for.
 
-    No garment comes twice; each category is dealt out evenly to its looks.
+    No garment comes twice; each category is dealt out to its looks.
     """
     rows = []
     for category in CATEGORIES:
         own = torch.nonzero(wardrobe.category == CATEGORIES.index(category)).flatten()
         looks = [Look(category, colour) for colour in COLOURS]
-        looks += [look for look in map(asked, range(len(COMBOS))) if look.category == category and look.pattern != "plain"]
-        for place, look in enumerate(looks):
-            share = own[place * each : (place + 1) * each]
+        looks += [look for look in prompted() if look.category == category and look.pattern != "plain"]
+        for look in looks:
+            each = plain if look.pattern == "plain" else patterned
+            share, own = own[:each], own[each:]
             key = generator(seed, "catalog", look.number)
             pictures = wardrobe.worn(share, torch.full((len(share),), look.number), key)
             rows += [row(look, number, picture, each) for number, picture in enumerate(pictures)]
@@ -73,17 +74,16 @@ def columns(picture: pa.DataType, strings: tuple[str, ...]) -> pa.Schema:
 
 
 def prompts() -> pa.Table:
-    """120 canonical captions: 80 to tune on and 40 held out, all categories, colours and patterns in both."""
-    looks = [asked(combo) for combo in range(len(COMBOS))]
+    """Canonical captions, 264 to tune on and 36 held out: all colours, patterns and categories but shirts in both."""
     return pa.Table.from_pylist(
         [
             {
                 "group": group(look),
                 "prompt": caption(look),
-                "split": "held-out" if held_out(combo) else "train",
+                "split": "held-out" if held_out(COMBOS.index((look.colour, look.category))) else "train",
                 **look._asdict(),
             }
-            for combo, look in enumerate(looks)
+            for look in prompted()
         ]
     )
 

@@ -547,7 +547,8 @@ def _groups_without(record: Record) -> list[str]:
     for r in record.rounds:
         without, groups = r.pair_numbers["rejected"], r.pair_numbers["groups"]
         if without > groups / 2:
-            found.append(f"Round {r.number}: {without:,} of {groups:,} prompts gave no pair; lower pair.margin or pair.agree.")
+            found.append(f"Round {r.number}: {without:,} of {groups:,} prompts gave no pair: their pictures lie within the margin. "
+                         "Where most are good already that is as it should be; else lower pair.margin or pair.agree.")
     return found
 
 

@@ -372,7 +372,8 @@ def test_many_missing_scores_are_warned_of_and_few_are_not(record):
 
 def test_prompts_without_pairs_are_warned_of(record):
     (warning,) = report.warnings(fine(record, pair_numbers={"rejected": 3, "groups": 4, "pairs": 1}))
-    assert warning == "Round 2: 3 of 4 prompts gave no pair; lower pair.margin or pair.agree."
+    assert warning == ("Round 2: 3 of 4 prompts gave no pair: their pictures lie within the margin. "
+                       "Where most are good already that is as it should be; else lower pair.margin or pair.agree.")
 
 
 def test_control_labels_are_warned_of_and_a_watched_expert_that_dislikes_the_pairs(record):

@@ -6,6 +6,7 @@ import json
 import struct
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from fashiondpo_pipeline.demo import clip, denoiser, drawings, judge, tables, words
+from fashiondpo_pipeline.demo import autoencoder, clip, denoiser, drawings, judge, tables, words
 from fashiondpo_pipeline.demo.build import MAKERS, build, identity, size
 from fashiondpo_pipeline.demo.garments import (
     APART,
@@ -407,12 +408,18 @@ def test_prompts_are_balanced():
 # ---------------------------------------------------------------------------------------------- a miniature build
 
 
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    """Fewer pictures and steps where a build only measures."""
+    patch.setattr(drawings, "WAYS", {name: {**way, "num_inference_steps": 2} for name, way in drawings.WAYS.items()})
+    patch.setattr(autoencoder, "COUNTED", 64)
+    patch.setattr(autoencoder, "psnr", partial(autoencoder.psnr, count=32))
+
+
 @pytest.fixture(scope="module")
 def miniature(images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("build") / "mini"
     with pytest.MonkeyPatch.context() as patch:
-        quick = {name: {**way, "num_inference_steps": 2} for name, way in drawings.WAYS.items()}
-        patch.setattr(drawings, "WAYS", quick)
+        make_quick(patch)
         build(images, out, device="cpu", recipe=TINY)
     return out
 
@@ -452,6 +459,7 @@ def test_killed_and_continued_equals_straight(miniature, images, tmp_path, monke
         return whole(*args)
 
     whole = denoiser.spread_steps
+    make_quick(monkeypatch)
     monkeypatch.setattr(denoiser, "spread_steps", spread_steps)
     out, work = tmp_path / "out", tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):

@@ -15,6 +15,7 @@ KL_WEIGHT = 1e-4
 
 
 LATENTS = 4
+COUNTED = 2048  # pictures of which the latents are given mean 0 and deviation 1
 WIDTHS = (16, 32, 64, 96)
 
 
@@ -57,7 +58,7 @@ def train(
         network, loss_of, steps=recipe.autoencoder_steps, rate=recipe.autoencoder_rate,
         checkpoint=work / "autoencoder.pt", every=recipe.checkpoint_seconds, tick=tick,
     )  # fmt: skip
-    pictures, _ = wardrobe.draw(2048, generator(seed, "standardise"))
+    pictures, _ = wardrobe.draw(COUNTED, generator(seed, "standardise"))
     standardise(network, pictures.to(device))
     return network, seconds
 

@@ -136,12 +136,12 @@ def main() -> None:
             out = session.output(step)
             asked = {role: [name for name in step.config["experts"] if f"{role}-score-{name}" in step.inputs] for role in draws}
             grids = {role: grid_of(out, role, names) for role, names in asked.items()}
-            groups, k = grids["base"].groups, grids["base"].k
+            groups, k = grids["base"].groups.to_pylist(), grids["base"].k
             mix = mix_of(grids["base"], step.config)
             own = {role: grid.scores[judge] for role, grid in grids.items()}
             own_right = {role: right_of(out.input(f"{role}-score-{judge}"), grid, judge) for role, grid in grids.items()}
-            wanted = asked_for(rows, list(groups), k)
-            strange = {role: opinion(network, pictures_of(draws[role], list(groups), k), wanted) for role in draws}
+            wanted = asked_for(rows, groups, k)
+            strange = {role: opinion(network, pictures_of(draws[role], groups, k), wanted) for role in draws}
             score, right = ({role: strange[role][place].reshape(len(groups), k) for role in draws} for place in (0, 1))
             found = {"own": size(mix, own, own_right, coverage), "stranger": size(mix, score, right, coverage)}
             print(f"{folder} round {number}")
